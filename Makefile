@@ -1,0 +1,49 @@
+# `make demo` and `make test` run on a bare checkout: Python >= 3.11, pip, make.
+
+PYTHON ?= python3
+BACKEND ?= jax
+BACKENDS := jax tensorflow torch
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test lint format clean $(addprefix test-,$(BACKENDS))
+
+demo: $(VENV)/.demo-$(BACKEND)
+	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/digits.py
+
+# Stops at the first backend that fails.
+test: $(addprefix test-,$(BACKENDS))
+
+$(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
+	@echo "== Tests with the $* backend"
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest $(PYTEST_ARGS) \
+	  || { echo "== FAILED with the $* backend"; exit 1; }
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-%: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable ".[$*,examples]"
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable ".[tensorflow,jax,torch,test]"
+	@touch $@
+
+$(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) "ruff>=0.17"
+	@touch $@

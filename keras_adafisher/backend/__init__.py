@@ -1,0 +1,43 @@
+"""All code that knows which backend runs, and why it must.
+
+`common` is what a backend without exceptions does (JAX is one). The other
+files hold the exceptions of their backend, each with its reason. Only the
+chosen backend's file is imported.
+"""
+
+from keras import backend as _keras_backend
+
+from keras_adafisher.backend.common import creation_scope
+from keras_adafisher.backend.common import forget_parameters
+from keras_adafisher.backend.common import is_requested
+from keras_adafisher.backend.common import must_tap
+from keras_adafisher.backend.common import register_parameters
+from keras_adafisher.backend.common import release_gradients
+from keras_adafisher.backend.common import step_number
+from keras_adafisher.backend.common import sum_over_replicas
+from keras_adafisher.backend.common import write_request
+
+if _keras_backend.backend() == "tensorflow":
+    from keras_adafisher.backend.tensorflow import creation_scope
+    from keras_adafisher.backend.tensorflow import step_number
+    from keras_adafisher.backend.tensorflow import sum_over_replicas
+elif _keras_backend.backend() == "torch":
+    from keras_adafisher.backend.torch import forget_parameters
+    from keras_adafisher.backend.torch import is_requested
+    from keras_adafisher.backend.torch import must_tap
+    from keras_adafisher.backend.torch import register_parameters
+    from keras_adafisher.backend.torch import release_gradients
+    from keras_adafisher.backend.torch import step_number
+    from keras_adafisher.backend.torch import write_request
+
+__all__ = [
+    "creation_scope",
+    "forget_parameters",
+    "is_requested",
+    "must_tap",
+    "register_parameters",
+    "release_gradients",
+    "step_number",
+    "sum_over_replicas",
+    "write_request",
+]

@@ -1,0 +1,57 @@
+"""What a backend does that needs no exception."""
+
+import contextlib
+
+from keras import ops
+
+
+def must_tap(probe):
+    """Whether a layer's tap has to be part of this forward pass, a bool.
+
+    A traced step is compiled once, for measuring and other steps alike.
+    """
+    return True
+
+
+def is_requested(request):
+    """Whether a probe's answer is wanted, as `ops.cond` takes it."""
+    return request > 0
+
+
+def write_request(probe, wanted, assign):
+    """Say whether the next backward pass is to answer.
+
+    Args:
+        probe: `Probe`.
+        wanted: What a comparison with `step_number()` gives.
+        assign: Callable `(variable, value)`.
+
+    """
+    assign(probe.request, ops.cast(wanted, "float32"))
+
+
+def step_number(iterations):
+    """The optimizer's iteration counter, to compute with."""
+    return ops.convert_to_tensor(iterations)
+
+
+def sum_over_replicas(tensors):
+    """Sum each tensor over the replicas of a data-parallel step."""
+    return tensors
+
+
+def creation_scope(variable):
+    """Context in which variables are made that belong to `variable`."""
+    return contextlib.nullcontext()
+
+
+def release_gradients(variables):
+    """Drop gradients that the backend keeps on the variables."""
+
+
+def register_parameters(layer, variables):
+    """Make variables known to `layer` that it got after it was built."""
+
+
+def forget_parameters(layer, variables):
+    """Undo `register_parameters`."""

@@ -1,0 +1,28 @@
+"""TensorFlow's exceptions: `tf.distribute` makes its replicas visible."""
+
+import contextlib
+
+import tensorflow as tf
+
+
+def step_number(iterations):
+    # `ops.convert_to_tensor` returns a variable as it is here, and it would be
+    # read where the number is used, after the counter has moved on.
+    return tf.convert_to_tensor(iterations.value)
+
+
+def sum_over_replicas(tensors):
+    # A replica's gradients are those of its own part of the batch. One call
+    # for the whole list, so that the strategy can batch the transfers.
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return tensors
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+def creation_scope(variable):
+    # What is made outside the scope of a model's strategy isn't mirrored.
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    if strategy is None or strategy is tf.distribute.get_strategy():
+        return contextlib.nullcontext()
+    return strategy.scope()

@@ -1,0 +1,89 @@
+"""The algorithm as pure functions of tensors.
+
+AdaFisher (Martins Gomes et al., ICLR 2025, arXiv 2405.16397) approximates the
+Fisher information of a linear map by the Kronecker product of two vectors and
+divides the momentum by it:
+
+    theta -= learning_rate * m / (H * S + damping)
+
+`H` holds one number per input coordinate (the Kronecker factor of the
+activations), `S` one per output coordinate (the Kronecker factor of the
+pre-activation gradients). Nothing in this file knows about layers, variables
+or backends.
+"""
+
+from keras import ops
+
+# Below the smallest normal float32, devices differ in what a quotient is.
+_SMALLEST_NORMAL = 1.1754944e-38
+
+
+def min_max(x, epsilon=0.0, low=None, high=None):
+    """Min–Max normalization of all entries of a tensor.
+
+    `x' = (x - low) / (high - low + epsilon)`; arXiv 2405.16397, Section 3.2.
+
+    Args:
+        x: Float tensor of any shape.
+        epsilon: Float. Added to the range. With 0 the result doesn't depend
+            on the scale of `x`.
+        low: Scalar tensor, the value that maps to 0. Defaults to the
+            minimum of `x`.
+        high: Scalar tensor, the value that maps to 1 (for `epsilon=0`).
+            Defaults to the maximum of `x`.
+
+    Returns:
+        A tensor like `x`. A range of zero (a constant `x`) gives zeros.
+
+    """
+    low = ops.min(x) if low is None else low
+    high = ops.max(x) if high is None else high
+    span = high - low + epsilon
+    span = ops.where(span > _SMALLEST_NORMAL, span, ops.ones_like(span))
+    return (x - low) / span
+
+
+def min_max_with_one(x, epsilon=0.0):
+    """Min–Max normalization of the entries of `x` and of a further entry 1.
+
+    A bias is the weight of an input that is always 1, so the activation
+    factor of a linear map with a bias has one more entry, and it takes part
+    in the normalization.
+
+    Args:
+        x: Float tensor of any shape.
+        epsilon: Float. Added to the range.
+
+    Returns:
+        Two tensors: one like `x`, and a scalar for the entry 1.
+
+    """
+    one = ops.ones((), x.dtype)
+    low = ops.minimum(ops.min(x), one)
+    high = ops.maximum(ops.max(x), one)
+    return min_max(x, epsilon, low, high), min_max(one, epsilon, low, high)
+
+
+def running_average(average, value, gamma_1, gamma_2):
+    """`(1 - gamma_1) * average + gamma_2 * value`.
+
+    arXiv 2405.16397, Section 3.2. The weights needn't add up to one: a
+    constant `value` settles at `gamma_2 / gamma_1 * value`.
+
+    Args:
+        average: Float tensor.
+        value: Float tensor like `average`.
+        gamma_1: Float, the share of the old average that is dropped.
+        gamma_2: Float, the weight of the new value.
+
+    Returns:
+        A tensor like `average`.
+
+    """
+    return (1.0 - gamma_1) * average + gamma_2 * value
+
+
+def is_finite(*tensors):
+    """Whether no entry of any tensor is NaN or infinite, as a scalar tensor."""
+    finite = [ops.all(ops.isfinite(tensor)) for tensor in tensors]
+    return ops.all(ops.stack(finite))

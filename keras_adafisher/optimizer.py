@@ -1,0 +1,653 @@
+"""AdaFisher: momentum divided by a Kronecker-factored Fisher diagonal.
+
+The update of a weight, in one line:
+
+    theta -= learning_rate * m / (H * S + damping)
+
+`H` and `S` belong to the weight's layer. They come from the probes of its
+wrapper, as gradients, in `apply`, and live here as optimizer variables.
+"""
+
+import numbers
+
+import keras
+from keras import ops
+
+from keras_adafisher import backend
+from keras_adafisher import factors
+from keras_adafisher.probe import probe_of
+
+
+@keras.saving.register_keras_serializable(package="keras_adafisher")
+class AdaFisher(keras.optimizers.Optimizer):
+    r"""Optimizer that implements the AdaFisher algorithm.
+
+    AdaFisher is a second-order method. Where Adam divides the momentum by the
+    square root of a running average of squared gradients, AdaFisher divides
+    it by a diagonal approximation of the Fisher information:
+
+        theta <- theta - learning_rate * m / (H * S + damping)
+
+    `H` and `S` are running averages of two small vectors per layer, the mean
+    square of the layer's inputs and the mean square of the gradients at its
+    pre-activations, each scaled to the range from 0 to 1. There is no square
+    root, and one momentum slot per parameter where Adam has two.
+
+    The vectors are measured by wrappers around the layers.
+    `model.compile(optimizer=AdaFisher())` wraps the model; in a custom
+    training loop, call `keras_adafisher.wrap(model)` first.
+
+    Parameters that no wrapper factors (`keras_adafisher.coverage(model)`
+    lists them) are updated by AdamW's rule with the same `learning_rate`,
+    `weight_decay` and first moment.
+
+    Note that with the default settings `H * S` stays below 1e-4, and the
+    step is close to `learning_rate / damping = 1` times the momentum. A
+    learning rate that suits Adam suits AdaFisher only together with a
+    `damping` of its own.
+
+    References:
+        - [Martins Gomes et al., ICLR 2025](https://arxiv.org/abs/2405.16397)
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule` instance, or
+            a callable that takes no arguments and returns the actual value to
+            use. The learning rate. Defaults to `0.001`.
+        beta: A float in [0, 1). The exponential decay rate of the momentum.
+            Defaults to `0.9`.
+        damping: A positive float, added to the Fisher diagonal. Defaults to
+            `0.001`.
+        gamma_1: A float in [0, 1). The share of the running factors that a
+            new measurement replaces. Defaults to `0.92`.
+        gamma_2: A float in [0, 1). The weight of a new measurement in the
+            running factors. Defaults to `0.008`.
+        factor_update_steps: A positive integer. The factors are measured
+            every so many steps, the first step included. Defaults to `100`.
+        epsilon: A non-negative float, added to the range that a measurement
+            is divided by. Defaults to `0.0`, for which the normalization
+            doesn't depend on the scale of the loss. The authors' code uses
+            `1e-6`.
+        adam_beta_2: A float in [0, 1). The decay rate of the second moment of
+            parameters without factors. Defaults to `0.999`.
+        adam_epsilon: A non-negative float, added to the square root of that
+            second moment. Defaults to `1e-7`.
+        name: String. The name to use for momentum accumulator weights created
+            by the optimizer.
+        weight_decay: Float. If set, weight decay is applied, decoupled from
+            the gradient. (To add `weight_decay * theta` to the gradient, give
+            layers a `kernel_regularizer=keras.regularizers.L2(weight_decay /
+            2)`.)
+        clipnorm: Float. If set, the gradient of each weight is individually
+            clipped so that its norm is no higher than this value.
+        clipvalue: Float. If set, the gradient of each weight is clipped to be
+            no higher than this value.
+        global_clipnorm: Float. If set, the gradient of all weights is clipped
+            so that their global norm is no higher than this value.
+        use_ema: Boolean, defaults to `False`. If `True`, exponential moving
+            average (EMA) is applied, as in all Keras optimizers.
+        ema_momentum: Float, defaults to 0.99. Only used if `use_ema=True`.
+        ema_overwrite_frequency: Int or None, defaults to None. Only used if
+            `use_ema=True`.
+        loss_scale_factor: Float or `None`. If a float, the scale factor will
+            be multiplied the loss before computing gradients, and the inverse
+            of the scale factor will be multiplied by the gradients before
+            updating variables.
+        gradient_accumulation_steps: Int or `None`. If an int, model &
+            optimizer variables will not be updated at every step; instead
+            they will be updated every `gradient_accumulation_steps` steps,
+            using the average value of the gradients since the last update.
+            The factors are then measured on all steps that make up an update.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta=0.9,
+        damping=0.001,
+        gamma_1=0.92,
+        gamma_2=0.008,
+        factor_update_steps=100,
+        epsilon=0.0,
+        adam_beta_2=0.999,
+        adam_epsilon=1e-7,
+        weight_decay=None,
+        clipnorm=None,
+        clipvalue=None,
+        global_clipnorm=None,
+        use_ema=False,
+        ema_momentum=0.99,
+        ema_overwrite_frequency=None,
+        loss_scale_factor=None,
+        gradient_accumulation_steps=None,
+        name="adafisher",
+        **kwargs,
+    ):
+        if isinstance(learning_rate, float) and not learning_rate >= 0:
+            raise ValueError(
+                "Argument `learning_rate` must be a float >= 0. "
+                f"Received: learning_rate={learning_rate}"
+            )
+        _check_decay_rate("beta", beta)
+        _check_decay_rate("gamma_1", gamma_1)
+        _check_decay_rate("gamma_2", gamma_2)
+        _check_decay_rate("adam_beta_2", adam_beta_2)
+        if not _is_number(damping) or not 0 < damping < float("inf"):
+            raise ValueError(
+                "Argument `damping` must be a float > 0. "
+                f"Received: damping={damping}"
+            )
+        _check_not_negative("epsilon", epsilon)
+        _check_not_negative("adam_epsilon", adam_epsilon)
+        if (
+            not isinstance(factor_update_steps, numbers.Integral)
+            or isinstance(factor_update_steps, bool)
+            or factor_update_steps < 1
+        ):
+            raise ValueError(
+                "Argument `factor_update_steps` must be an integer >= 1. "
+                f"Received: factor_update_steps={factor_update_steps}"
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            name=name,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            **kwargs,
+        )
+        self.beta = float(beta)
+        self.damping = float(damping)
+        self.gamma_1 = float(gamma_1)
+        self.gamma_2 = float(gamma_2)
+        self.factor_update_steps = int(factor_update_steps)
+        self.epsilon = float(epsilon)
+        self.adam_beta_2 = float(adam_beta_2)
+        self.adam_epsilon = float(adam_epsilon)
+
+    def build(self, variables):
+        """Initialize optimizer variables.
+
+        AdaFisher optimizer has 3 types of variables: momentums, running
+        factors (for each factored layer), and velocities (for each parameter
+        without factors).
+
+        Args:
+            variables: list of model variables to build AdaFisher variables
+                on, probes included: `model.trainable_variables` of a wrapped
+                model.
+
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        probes = _complete_probes(variables)
+        if variables and not probes:
+            raise ValueError(
+                "AdaFisher found Kronecker factors for none of the "
+                f"{len(variables)} variables that it is built with. In a "
+                "custom training loop, call `keras_adafisher.wrap(model)` "
+                "first and pass `model.trainable_variables`. If "
+                "`keras_adafisher.coverage(model)` shows that no layer of "
+                "the model can be factored, use `keras.optimizers.AdamW`."
+            )
+        super().build(variables)
+
+        self._is_probe = [probe_of(v) is not None for v in variables]
+        self._momentums = self.add_optimizer_variables(variables, "momentum")
+        self._curvatures = [
+            _Curvature(probe, self.add_variable) for probe in probes
+        ]
+        # For each variable the functions that compute its Fisher diagonal,
+        # which is their sum. None of them: AdamW's rule.
+        self._fisher_terms = [[] for _ in variables]
+        for curvature in self._curvatures:
+            for parameter, term in curvature.terms():
+                index = self._index_of(parameter)
+                if index is not None:
+                    self._fisher_terms[index].append(term)
+        self._velocities = [None] * len(variables)
+        for index, variable in enumerate(variables):
+            if self._momentums[index] is not None:
+                if not self._fisher_terms[index]:
+                    self._velocities[index] = self.add_variable_from_reference(
+                        variable, name="velocity"
+                    )
+
+        if self.gradient_accumulation_steps:
+            for curvature in self._curvatures:
+                curvature.add_accumulators()
+        if self.use_ema:
+            # Keras keeps no average of a probe but `None`, and then walks
+            # over all of its averages. A probe serves as its own.
+            averages = self._model_variables_moving_average
+            for index, variable in enumerate(variables):
+                if averages[index] is None:
+                    averages[index] = variable
+        self._request(True)
+
+    def apply(self, grads, trainable_variables=None):
+        """Update trainable variables according to provided gradient values.
+
+        Args:
+            grads: list of gradient tensors, those of the probes included.
+            trainable_variables: list of the variables that the gradients
+                belong to. Defaults to the list that the optimizer was built
+                with.
+
+        """
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        elif self.built and len(grads) == len(self._trainable_variables):
+            trainable_variables = self._trainable_variables
+        if trainable_variables is None or len(grads) == 0:
+            # Nothing to do, or Keras' own error.
+            super().apply(grads, trainable_variables)
+            return
+
+        # Keras' part of the work (clipping, weight decay, accumulation,
+        # averages, all-reduce) never sees a probe.
+        answers = {}
+        parameters = []
+        parameter_grads = []
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            index = self._index_of(variable)
+            if index is not None and self._is_probe[index]:
+                answers[index] = gradient
+            else:
+                parameters.append(variable)
+                parameter_grads.append(gradient)
+
+        # Before Keras counts on.
+        step = backend.step_number(self._iterations)
+        is_measuring_next = self._is_measuring(step + 1)
+        self._update_factors(answers, step)
+        super().apply(parameter_grads, parameters)
+        self._request(is_measuring_next)
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Update step given gradient and the associated model variable."""
+        index = self._get_variable_index(variable)
+        dtype = keras.backend.result_type(variable.dtype, "float32")
+        step = ops.cast(self.iterations + 1, dtype)
+        bias_correction = 1 - ops.power(ops.cast(self.beta, dtype), step)
+        lr = ops.cast(learning_rate, dtype) / bias_correction
+        gradient = ops.cast(gradient, variable.dtype)
+
+        m = self._momentums[index]
+        self.assign_add(
+            m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
+        )
+        if self._fisher_terms[index]:
+            denominator = self._fisher(index)
+        else:
+            v = self._velocities[index]
+            self.assign_add(
+                v,
+                ops.multiply(
+                    ops.subtract(ops.square(gradient), v),
+                    1 - self.adam_beta_2,
+                ),
+            )
+            lr = lr * ops.sqrt(
+                1 - ops.power(ops.cast(self.adam_beta_2, dtype), step)
+            )
+            denominator = ops.add(ops.sqrt(v), self.adam_epsilon)
+        self.assign_sub(
+            variable,
+            ops.divide(
+                ops.multiply(m, ops.cast(lr, variable.dtype)),
+                ops.cast(denominator, variable.dtype),
+            ),
+        )
+
+    def fisher_diagonal(self, variable):
+        """The damped Fisher diagonal that a parameter's momentum is divided by.
+
+        Args:
+            variable: A variable that the optimizer was built with.
+
+        Returns:
+            Float32 tensor of the variable's shape, `H * S + damping`.
+
+        Raises:
+            ValueError: The optimizer doesn't know the variable, or updates it
+                by AdamW's rule.
+        """
+        index = self._index_of(variable) if self.built else None
+        if index is None or not self._fisher_terms[index]:
+            raise ValueError(
+                "Argument `variable` must be a variable that the optimizer "
+                "has Kronecker factors for. "
+                "`keras_adafisher.coverage(model)` lists them. "
+                f"Received: variable={variable}"
+            )
+        return ops.broadcast_to(self._fisher(index), variable.shape)
+
+    def load_own_variables(self, store):
+        """Set the state of this optimizer object."""
+        super().load_own_variables(store)
+        # The step that comes next may be a measuring one.
+        self._request(True)
+
+    def set_weights(self, weights):
+        """Set the weights of the optimizer."""
+        super().set_weights(weights)
+        self._request(True)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "beta": self.beta,
+                "damping": self.damping,
+                "gamma_1": self.gamma_1,
+                "gamma_2": self.gamma_2,
+                "factor_update_steps": self.factor_update_steps,
+                "epsilon": self.epsilon,
+                "adam_beta_2": self.adam_beta_2,
+                "adam_epsilon": self.adam_epsilon,
+            }
+        )
+        return config
+
+    def _index_of(self, variable):
+        try:
+            return self._get_variable_index(variable)
+        except KeyError:
+            return None
+
+    def _fisher(self, index):
+        terms = [term() for term in self._fisher_terms[index]]
+        return sum(terms) + self.damping
+
+    def _is_measuring(self, step):
+        """Whether the factors are measured at a step, counted from 0."""
+        steps_per_update = self.gradient_accumulation_steps or 1
+        return step // steps_per_update % self.factor_update_steps == 0
+
+    def _request(self, wanted):
+        for curvature in self._curvatures:
+            backend.write_request(curvature.probe, wanted, self.assign)
+
+    def _update_factors(self, answers, step):
+        """Take in what the probes answered.
+
+        Args:
+            answers: Dict from the index of a probe's variable to its gradient.
+            step: The number of this step, counted from 0.
+
+        """
+        answered = []
+        for curvature in self._curvatures:
+            variables = curvature.probe.variables
+            backend.release_gradients(variables)
+            answer = [answers.get(self._index_of(v)) for v in variables]
+            if all(gradient is not None for gradient in answer):
+                answered.append((curvature, answer))
+        measuring = self._is_measuring(step)
+        if not answered or measuring is False:
+            return
+
+        # All in one list, so that they can travel together.
+        sums = iter(
+            backend.sum_over_replicas(
+                [tensor for _, answer in answered for tensor in answer]
+            )
+        )
+        answered = [
+            (curvature, [next(sums) for _ in answer])
+            for curvature, answer in answered
+        ]
+
+        # The scale of the loss is the scale of `s`.
+        scale = self.loss_scale_factor or 1.0
+        if self.gradient_accumulation_steps:
+            steps = self.gradient_accumulation_steps
+            scale *= steps
+            is_last = (step + 1) % steps == 0
+            measuring = measuring & is_last
+            answered = [
+                (curvature, curvature.accumulate(answer, is_last, self.assign))
+                for curvature, answer in answered
+            ]
+
+        def measured():
+            return [
+                curvature.measured(
+                    answer, scale, self.gamma_1, self.gamma_2, self.epsilon
+                )
+                for curvature, answer in answered
+            ]
+
+        def unchanged():
+            return [curvature.values() for curvature, _ in answered]
+
+        values = ops.cond(measuring, measured, unchanged)
+        for (curvature, _), new_values in zip(answered, values, strict=True):
+            for variable, value in zip(
+                curvature.variables, new_values, strict=True
+            ):
+                self.assign(variable, value)
+
+
+@keras.saving.register_keras_serializable(package="keras_adafisher")
+class AdaFisherW(AdaFisher):
+    """AdaFisher with decoupled weight decay.
+
+    `AdaFisher` with another default:
+
+        theta <- theta - learning_rate * (m / (H * S + damping)
+                                          + weight_decay * theta)
+
+    References:
+        - [Martins Gomes et al., ICLR 2025](https://arxiv.org/abs/2405.16397)
+
+    Args:
+        weight_decay: Float. Defaults to `0.01`.
+
+    All other arguments are those of `keras_adafisher.AdaFisher`.
+
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        beta=0.9,
+        damping=0.001,
+        gamma_1=0.92,
+        gamma_2=0.008,
+        factor_update_steps=100,
+        epsilon=0.0,
+        adam_beta_2=0.999,
+        adam_epsilon=1e-7,
+        weight_decay=0.01,
+        clipnorm=None,
+        clipvalue=None,
+        global_clipnorm=None,
+        use_ema=False,
+        ema_momentum=0.99,
+        ema_overwrite_frequency=None,
+        loss_scale_factor=None,
+        gradient_accumulation_steps=None,
+        name="adafisherw",
+        **kwargs,
+    ):
+        super().__init__(
+            learning_rate=learning_rate,
+            beta=beta,
+            damping=damping,
+            gamma_1=gamma_1,
+            gamma_2=gamma_2,
+            factor_update_steps=factor_update_steps,
+            epsilon=epsilon,
+            adam_beta_2=adam_beta_2,
+            adam_epsilon=adam_epsilon,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+            **kwargs,
+        )
+        if self.weight_decay is None:
+            raise ValueError(
+                "Argument `weight_decay` must be a float. "
+                "Received: weight_decay=None"
+            )
+
+
+# `keras.optimizers.get("adafisher")` looks names up as they are written.
+for _class in (AdaFisher, AdaFisherW):
+    keras.saving.get_custom_objects()[_class.__name__] = _class
+    keras.saving.get_custom_objects()[_class.__name__.lower()] = _class
+
+
+class _Curvature:
+    """The running factors of one block: optimizer state.
+
+    Args:
+        probe: The block's `Probe`.
+        add_variable: `Optimizer.add_variable`.
+
+    """
+
+    def __init__(self, probe, add_variable):
+        self.probe = probe
+        self.block = probe.block
+        self._add_variable = add_variable
+        self.activation = self._add(probe.activation, "ones", "factor")
+        self.gradient = self._add(probe.gradient, "ones", "factor")
+        # The factor of the input that is always 1.
+        self.one = None
+        if self.block.bias is not None:
+            self.one = self._add(probe.request, "ones", "factor")
+
+    def _add(self, reference, initializer, what):
+        return self._add_variable(
+            shape=reference.shape,
+            initializer=initializer,
+            dtype="float32",
+            # All replicas write the same value.
+            aggregation="only_first_replica",
+            name=f"{reference.path.replace('/', '_')}_{what}",
+        )
+
+    @property
+    def variables(self):
+        variables = [self.activation, self.gradient]
+        return variables if self.one is None else [*variables, self.one]
+
+    def values(self):
+        return [ops.convert_to_tensor(v) for v in self.variables]
+
+    def terms(self):
+        """Pairs of a parameter and the function for its Fisher diagonal."""
+        pairs = [
+            (self.block.weight, self.fisher_of_weight),
+            (self.block.bias, self.fisher_of_bias),
+        ]
+        return [pair for pair in pairs if pair[0] is not None]
+
+    def fisher_of_weight(self):
+        activation, gradient, *_ = self.values()
+        return self.block.fisher_of_weight(activation, gradient)
+
+    def fisher_of_bias(self):
+        _, gradient, one = self.values()
+        return self.block.fisher_of_bias(one, gradient)
+
+    def add_accumulators(self):
+        self.accumulators = [
+            self._add(variable, "zeros", "accumulator")
+            for variable in self.probe.variables
+        ]
+
+    def accumulate(self, answer, is_last, assign):
+        """Add an answer to those of the update's earlier steps."""
+        totals = []
+        for accumulator, tensor in zip(self.accumulators, answer, strict=True):
+            total = ops.add(accumulator, tensor)
+            rest = ops.where(is_last, ops.zeros_like(total), total)
+            assign(accumulator, rest)
+            totals.append(total)
+        return totals
+
+    def measured(self, answer, scale, gamma_1, gamma_2, epsilon):
+        """The values of `variables` after a measurement.
+
+        Args:
+            answer: The sums over the gradients of `probe.variables`.
+            scale: Float, what the loss was multiplied by.
+            gamma_1, gamma_2, epsilon: See `AdaFisher`.
+
+        Returns:
+            List of tensors. The old values if there was no answer, or one
+            that isn't finite.
+
+        """
+        calls, activation, gradient = answer
+        is_usable = ops.logical_and(
+            calls > 0, factors.is_finite(activation, gradient)
+        )
+        calls = ops.maximum(calls, 1)
+        activation, one = self.block.normalize_activation(
+            activation / calls, epsilon
+        )
+        gradient = factors.min_max(gradient / (calls * scale**2), epsilon)
+        measurement = [activation, gradient, one]
+        return [
+            ops.where(
+                is_usable,
+                factors.running_average(old, new, gamma_1, gamma_2),
+                old,
+            )
+            for old, new in zip(self.values(), measurement, strict=False)
+        ]
+
+
+def _complete_probes(variables):
+    """The probes whose variables are all in a list, in its order."""
+    known = {id(variable) for variable in variables}
+    probes = {}
+    for variable in variables:
+        probe = probe_of(variable)
+        if probe is not None and all(id(v) in known for v in probe.variables):
+            probes[id(probe)] = probe
+    return list(probes.values())
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_decay_rate(name, value):
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"Argument `{name}` must be a float in the range [0, 1). "
+            f"Received: {name}={value}"
+        )
+
+
+def _check_not_negative(name, value):
+    if not _is_number(value) or not 0 <= value < float("inf"):
+        raise ValueError(
+            f"Argument `{name}` must be a float >= 0. Received: {name}={value}"
+        )

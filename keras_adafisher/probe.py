@@ -1,0 +1,130 @@
+"""Request and response through autodiff.
+
+Nothing but a gradient can leave a function that JAX differentiates, so the
+statistics leave as one, on all backends. Each factored block owns a probe:
+three small trainable variables. A layer's pre-activation passes through an
+identity, the tap, that takes the probe's variables as further inputs. In the
+backward pass the tap returns the statistics as *their* gradients:
+
+    forward    z ────────────────► z
+    backward   dL/dz ◄──────────── s = dL/dz
+               gradient of probe.activation  ◄── mean h²
+               gradient of probe.gradient    ◄── mean s²
+               gradient of probe.request     ◄── 1
+
+The value of `probe.request` says whether they are wanted. If it is 0, the
+answers are zeros and nothing is computed. Where a layer is called several
+times, autodiff sums the answers, and the sum of the ones tells how many there
+were. No answer at all (an unused layer) sums up to 0.
+"""
+
+from keras import ops
+
+from keras_adafisher import backend
+
+
+class Probe:
+    """The variables through which one block reports its statistics.
+
+    Args:
+        block: The `Block` that measures.
+        add_weight: Callable with the signature of `Layer.add_weight`.
+        index: Int, the block's number in its layer.
+
+    Attributes:
+        request: Scalar variable, 1 if the next backward pass is to answer,
+            else 0. It starts at 1. Its gradient is the number of answers.
+        activation: Variable of the shape of `H`. Its gradient is the sum of
+            the answers. The value isn't used.
+        gradient: The same for `S`.
+        listening: Bool. Read instead of `request` on backends that run
+            eagerly, where reading a tensor would wait for the device.
+
+    """
+
+    def __init__(self, block, add_weight, index=0):
+        def add_variable(shape, initializer, what):
+            variable = add_weight(
+                shape=shape,
+                initializer=initializer,
+                dtype="float32",
+                # Under mixed precision a variable is cast where it is read,
+                # and the tap's zeros and answers would differ in dtype.
+                autocast=False,
+                # Keras' own mark for a variable whose "gradient" is no
+                # descent direction: no optimizer takes a step along it.
+                overwrite_with_gradient=True,
+                aggregation="only_first_replica",
+                name=f"{what}_{index}" if index else what,
+            )
+            # How an optimizer that is given the variable finds its way back.
+            variable.adafisher_probe = self
+            return variable
+
+        self.block = block
+        self.request = add_variable((), "ones", "request")
+        self.activation = add_variable(
+            block.activation_shape, "zeros", "activation"
+        )
+        self.gradient = add_variable(block.gradient_shape, "zeros", "gradient")
+        self.listening = True
+
+    @property
+    def variables(self):
+        return [self.request, self.activation, self.gradient]
+
+
+def probe_of(variable):
+    """The `Probe` that a variable belongs to, `None` for any other."""
+    return getattr(variable, "adafisher_probe", None)
+
+
+def tap(z, h, probe):
+    """Let `probe` measure a block between its input and its output.
+
+    Args:
+        z: Tensor, the block's pre-activation.
+        h: Tensor, the activations that the block made `z` from.
+        probe: The block's `Probe`.
+
+    Returns:
+        `z`, unchanged.
+
+    """
+    if not backend.must_tap(probe):
+        return z
+    block = probe.block
+
+    @ops.custom_gradient
+    def identity(z, h, request, activation, gradient):
+        def grad(*args, upstream=None):
+            if upstream is None:
+                # TensorFlow and JAX pass it by position, PyTorch by name.
+                (upstream,) = args
+
+            def answer():
+                return (
+                    ops.ones((), "float32"),
+                    block.activation_statistic(h),
+                    block.gradient_statistic(upstream),
+                )
+
+            def silence():
+                return (
+                    ops.zeros((), "float32"),
+                    ops.zeros(block.activation_shape, "float32"),
+                    ops.zeros(block.gradient_shape, "float32"),
+                )
+
+            answers = ops.cond(backend.is_requested(request), answer, silence)
+            # `h` gets no gradient from here: it has its own way back through
+            # the layer.
+            return (upstream, None, *answers)
+
+        return z, grad
+
+    return identity(
+        z,
+        ops.stop_gradient(h),
+        *(ops.convert_to_tensor(variable) for variable in probe.variables),
+    )

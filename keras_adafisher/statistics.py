@@ -1,0 +1,76 @@
+"""What a layer's backward pass is asked for: mean squares.
+
+Pure functions of tensors. Each returns a float32 tensor, whatever the compute
+dtype is, and reads the activations once.
+"""
+
+from keras import ops
+
+
+def mean_square(x, axis):
+    """Mean of the squared entries of `x` over some axes.
+
+    Args:
+        x: Tensor of any shape and dtype.
+        axis: Tuple of ints, the axes to average over.
+
+    Returns:
+        Float32 tensor: `x`'s shape without these axes.
+
+    """
+    return ops.mean(ops.square(ops.cast(x, "float32")), axis=axis)
+
+
+def window_mean(x, axis, kernel_size, stride, dilation, padding):
+    """Mean of what each kernel tap of a convolution sees along one axis.
+
+    Along one spatial axis, tap `i` of a convolution's kernel reads the
+    positions `i * dilation + stride * [0, 1, ..., outputs - 1]` of the padded
+    input. The mean over a rectangle is a mean of means, so a convolution of
+    any rank takes one call of this function per spatial axis. No patch of the
+    input is ever built.
+
+    Args:
+        x: Float tensor of any shape.
+        axis: Int, the spatial axis.
+        kernel_size: Int, number of taps.
+        stride: Int.
+        dilation: Int.
+        padding: `"valid"`, `"same"` or `"causal"`, as in Keras' convolutions.
+            Positions in the padding count as zeros.
+
+    Returns:
+        `x` with `kernel_size` entries along `axis` instead of the positions.
+
+    """
+    size = ops.shape(x)[axis]
+    reach = (kernel_size - 1) * dilation
+    if padding == "valid":
+        outputs = (size - reach - 1) // stride + 1
+        before = 0
+    else:
+        outputs = (size + stride - 1) // stride
+        needed = (outputs - 1) * stride + reach + 1 - size
+        if padding == "causal":
+            before = reach
+        else:
+            before = _at_least_zero(needed) // 2
+
+    # The amount of "same" padding depends on the size, which TensorFlow may
+    # not know while it traces. `reach` is an upper bound that is known.
+    pad_width = [(0, 0)] * len(x.shape)
+    pad_width[axis] = (reach, reach)
+    x = ops.pad(x, pad_width)
+
+    index = [slice(None)] * len(x.shape)
+    taps = []
+    for tap in range(kernel_size):
+        start = reach - before + tap * dilation
+        stop = start + (outputs - 1) * stride + 1
+        index[axis] = slice(start, stop, stride)
+        taps.append(ops.mean(x[tuple(index)], axis=axis))
+    return ops.stack(taps, axis=axis)
+
+
+def _at_least_zero(size):
+    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)

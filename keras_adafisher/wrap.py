@@ -1,0 +1,138 @@
+"""Wrap a model's layers in place, and undo it."""
+
+import functools
+
+import keras
+
+from keras_adafisher import backend
+from keras_adafisher.probe import probe_of
+from keras_adafisher.wrappers import find_wrapper
+from keras_adafisher.wrappers import LayerWrapper
+from keras_adafisher.wrappers import wrapper_of
+
+
+def wrap(target):
+    """Make a model's layers measure their Kronecker factors in training.
+
+    `model.compile(optimizer=AdaFisher())` calls this function. Call it
+    yourself before a custom training loop:
+
+    ```python
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables)
+    ```
+
+    The model stays the same object, with the same weights, config, outputs
+    and saved files. Its `trainable_variables` then hold some small variables
+    besides the weights, the probes, through which statistics reach the
+    optimizer. Layers that aren't built yet are wrapped when they are. Wrapping
+    what is wrapped already changes nothing.
+
+    Args:
+        target: `keras.Model` or `keras.layers.Layer`.
+
+    Raises:
+        TypeError: `target` is neither.
+
+    """
+    for layer in plain_layers("wrap", target):
+        if not layer.built:
+            _wrap_when_built(layer)
+        elif wrapper_of(layer) is None:
+            wrapper, _ = make_wrapper(layer)
+            if wrapper is not None:
+                wrapper.attach()
+    _tell_owners(target, backend.register_parameters)
+
+
+def unwrap(target):
+    """Undo `wrap`.
+
+    Args:
+        target: `keras.Model` or `keras.layers.Layer`.
+
+    Raises:
+        TypeError: `target` is neither.
+
+    """
+    layers = plain_layers("unwrap", target)
+    _tell_owners(target, backend.forget_parameters)
+    for layer in layers:
+        build = layer.__dict__.get("build")
+        if hasattr(build, "without_adafisher"):
+            layer.build = build.without_adafisher
+        wrapper = wrapper_of(layer)
+        if wrapper is not None:
+            wrapper.detach()
+
+
+def plain_layers(function, target):
+    """A layer and all layers inside it, without wrappers.
+
+    Args:
+        function: String, the public function that `target` was given to.
+        target: `keras.layers.Layer`.
+
+    Returns:
+        List of layers, each before its sub-layers.
+
+    Raises:
+        TypeError: `target` is no layer.
+
+    """
+    if not isinstance(target, keras.layers.Layer):
+        raise TypeError(
+            f"Argument `target` of `{function}` must be a `keras.Model` or a "
+            f"`keras.layers.Layer`. Received: target={target} "
+            f"(of type {type(target)})"
+        )
+    # There is no public way to a layer's sub-layers.
+    layers = target._flatten_layers()
+    return [layer for layer in layers if not isinstance(layer, LayerWrapper)]
+
+
+def make_wrapper(layer):
+    """A wrapper for a built layer that has none, or why it can't have one.
+
+    Args:
+        layer: `keras.layers.Layer`.
+
+    Returns:
+        Tuple of a `LayerWrapper` that isn't attached or `None`, and a string
+        that is empty if there is one.
+
+    """
+    if "call" in layer.__dict__:
+        return None, f"the `call` of {layer.name} was replaced"
+    wrapper_class, reason = find_wrapper(layer)
+    if wrapper_class is None:
+        return None, reason
+    wrapper = wrapper_class(layer)
+    if not wrapper.blocks:
+        return None, f"{layer.name} has no parameters to factor"
+    return wrapper, ""
+
+
+def _wrap_when_built(layer):
+    build = layer.build
+    if hasattr(build, "without_adafisher"):
+        return
+
+    @functools.wraps(build)
+    def build_and_wrap(*args, **kwargs):
+        build(*args, **kwargs)
+        layer.build = build
+        # Sub-layers too: `build` may have made some.
+        wrap(layer)
+
+    build_and_wrap.without_adafisher = build
+    layer.build = build_and_wrap
+
+
+def _tell_owners(target, tell):
+    """Call `tell(layer, probe_variables)` for each layer that has some."""
+    for layer in plain_layers("wrap", target):
+        variables = [v for v in layer.variables if probe_of(v) is not None]
+        if layer.built and variables:
+            tell(layer, variables)

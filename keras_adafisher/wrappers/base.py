@@ -1,0 +1,177 @@
+"""The base class of all layer wrappers."""
+
+import functools
+
+import keras
+
+from keras_adafisher import backend
+from keras_adafisher.probe import Probe
+from keras_adafisher.probe import tap
+
+# Where a wrapped layer keeps its wrapper. Keras saves what it finds in a
+# layer's attributes, except under names that begin with two underscores: so a
+# wrapped model's files are those of the plain model.
+_ATTRIBUTE = "__adafisher__"
+
+
+class LayerWrapper(keras.layers.Layer):
+    """Measures the Kronecker factors of one layer while it trains.
+
+    A wrapper is a sub-layer of the layer that it wraps, its *host*. It owns
+    the probes, and its `call` runs in place of the host's. The host stays the
+    same object with the same weights, config and saved files.
+
+    A subclass says for one layer class what is factored and where it is
+    measured. For a layer that computes `tanh(h W)`:
+
+    ```python
+    @keras_adafisher.register_wrapper(TanhDense)
+    class TanhDenseWrapper(keras_adafisher.LayerWrapper):
+        def make_blocks(self):
+            inputs, outputs = self.host.kernel.shape
+            return [DenseBlock(self.host.kernel, None, inputs, outputs)]
+
+        def call(self, inputs):
+            z = keras.ops.matmul(inputs, self.host.kernel)
+            return keras.ops.tanh(self.tap(z, inputs))
+    ```
+
+    Args:
+        host: The layer, built.
+
+    Attributes:
+        host: The layer.
+        blocks: List of `Block`s, what `make_blocks` returned.
+        probes: List of `Probe`s, one for each block.
+
+    """
+
+    def __init__(self, host):
+        # Names of variables must differ wherever a model's variables are kept
+        # by name, and of a layer's names only the full path does.
+        path = (host.path or host.name).replace("/", "_")
+        super().__init__(name=f"{path}_adafisher", trainable=host.trainable)
+        # Past Keras' tracking: the host owns the wrapper, not the reverse.
+        self.__dict__["host"] = host
+        self.blocks = [b for b in self.make_blocks() if b.parameters]
+        self.probes = []
+
+    def build(self):
+        for index, block in enumerate(self.blocks):
+            with backend.creation_scope(block.parameters[0]):
+                self.probes.append(Probe(block, self.add_weight, index))
+
+    def make_blocks(self):
+        """The Kronecker-factored blocks of the host.
+
+        Called once, when the host is built.
+
+        Returns:
+            A list of `Block`s. Those without parameters are left out.
+
+        """
+        raise NotImplementedError(
+            f"{self.__class__.__name__} must override `make_blocks()`."
+        )
+
+    def call(self, *args, **kwargs):
+        """The host's computation with the taps in it.
+
+        Takes what the host's own `call` takes and must return exactly what
+        that returns.
+        """
+        raise NotImplementedError(
+            f"{self.__class__.__name__} must override `call()`."
+        )
+
+    def tap(self, z, h, block=0):
+        """Measure a block here.
+
+        Args:
+            z: The block's pre-activation.
+            h: The activations that the block made `z` from.
+            block: Int, index into `blocks`.
+
+        Returns:
+            `z`, unchanged.
+
+        """
+        return tap(z, h, self.probes[block])
+
+    def host_call(self, *args, **kwargs):
+        """What the host's class computes."""
+        return type(self.host).call(self.host, *args, **kwargs)
+
+    def host_call_without_activation(self, *args, **kwargs):
+        """What the host's class computes if its `activation` is `None`."""
+        host = self.host
+        if host.activation in (None, keras.activations.linear):
+            return self.host_call(*args, **kwargs)
+        # Not `host.activation = None` for the length of the call: another
+        # thread may be in it. A second object of the same class, with the
+        # same attributes but one, runs whatever `call` the class has.
+        view = object.__new__(type(host))
+        view.__dict__.update(host.__dict__)
+        view.__dict__["activation"] = None
+        return type(host).call(view, *args, **kwargs)
+
+    def activate(self, z):
+        """Apply the host's `activation`."""
+        return z if self.host.activation is None else self.host.activation(z)
+
+    @property
+    def weights(self):
+        # Probes aren't part of the model: `get_weights`, `set_weights` and
+        # `count_params` don't know them. `variables` and
+        # `trainable_variables` do, since they have to be differentiated.
+        return []
+
+    def attach(self):
+        """Take the place of the host's `call`."""
+        host = self.host
+
+        @functools.wraps(host.call)
+        def call(*args, **kwargs):
+            return self.call(*args, **kwargs)
+
+        def rematerialized_call(fn, *args, **kwargs):
+            # JAX finds earlier traces by the function's identity. A bound
+            # method is a new object each time, `call` above is not.
+            def fresh(*args, **kwargs):
+                return fn(*args, **kwargs)
+
+            cls = type(host)
+            return cls.rematerialized_call(host, fresh, *args, **kwargs)
+
+        self.build()
+        # A built layer takes no further state, as a rule. Keras' own
+        # `enable_lora()` makes its exception in the same way.
+        locked = host._tracker.locked
+        host._tracker.unlock()
+        setattr(host, _ATTRIBUTE, self)
+        if locked:
+            host._tracker.lock()
+        host.call = call
+        host.rematerialized_call = rematerialized_call
+
+    def detach(self):
+        """Give the host its own `call` back and leave it."""
+        host = self.host
+        del host.call
+        del host.rematerialized_call
+        host._tracker.untrack(self)
+        delattr(host, _ATTRIBUTE)
+
+
+def wrapper_of(layer):
+    """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
+    return getattr(layer, _ATTRIBUTE, None)
+
+
+def variable_or_none(kernel):
+    """A layer's kernel if it is one variable, `None` if it is computed.
+
+    With LoRA enabled, `layer.kernel` is the sum of the frozen kernel and the
+    product of two others. Then only the bias has factors.
+    """
+    return kernel if isinstance(kernel, keras.Variable) else None

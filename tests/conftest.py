@@ -1,0 +1,54 @@
+"""What all tests share. Each process runs one backend: `KERAS_BACKEND`."""
+
+import keras
+import numpy as np
+import pytest
+
+BACKEND = keras.backend.backend()
+
+# Each needs the engine of one backend, and is collected for that one only.
+collect_ignore = [
+    name
+    for name, backend in {
+        "test_mirrored_strategy.py": "tensorflow",
+        "test_torch_host_waits.py": "torch",
+        "test_rematerialization.py": "jax",
+    }.items()
+    if backend != BACKEND
+]
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    # For `MirroredStrategy`, before TensorFlow starts.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+
+_REPORT = pytest.StashKey()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def report(request):
+    """A list of lines that are printed after the last test."""
+    return request.config.stash.setdefault(_REPORT, [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = config.stash.get(_REPORT, [])
+    if lines:
+        terminalreporter.section(f"figures ({BACKEND})")
+        for line in lines:
+            terminalreporter.line(line)

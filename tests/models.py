@@ -1,0 +1,75 @@
+"""Tiny models and data that several test files use."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def product_loss(y_true, y_pred):
+    """A loss whose gradient is known: `dL/dy_pred = y_true / y_true.size`."""
+    return y_true * y_pred
+
+
+def data(inputs=6, classes=3, examples=48, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(examples, inputs)).astype("float32")
+    y = rng.integers(0, classes, size=examples)
+    return x, y
+
+
+def mlp(inputs=6, classes=3, **kwargs):
+    model = keras.Sequential(
+        [
+            keras.Input((inputs,)),
+            keras.layers.Dense(5, activation="tanh", **kwargs),
+            keras.layers.Dense(classes, **kwargs),
+        ]
+    )
+    return model
+
+
+def cnn(classes=3):
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            keras.layers.Conv2D(4, 3, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.LayerNormalization(),
+            keras.layers.Dense(classes),
+        ]
+    )
+
+
+def image_data(examples=48, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(examples, 6, 6, 2)).astype("float32")
+    y = rng.integers(0, classes, size=examples)
+    return x, y
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def to_numpy(tensor):
+    return ops.convert_to_numpy(tensor)
+
+
+def weights(model):
+    return [np.array(w) for w in model.get_weights()]
+
+
+def assert_same(actual, expected):
+    """Lists of arrays are equal bit for bit."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_close(actual, expected, tolerance):
+    """Largest difference relative to the largest entry, array by array."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        scale = max(np.abs(b).max(), 1e-30)
+        assert np.abs(a - b).max() / scale <= tolerance

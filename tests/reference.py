@@ -1,0 +1,139 @@
+"""The algorithm in plain NumPy, written down independently of the package.
+
+Everything is float64 and follows the formulas of the paper (arXiv 2405.16397)
+with explicit loops where the package uses an identity.
+"""
+
+import numpy as np
+
+
+def min_max(x, epsilon=0.0):
+    """`(x - min) / (max - min + epsilon)`, and 0 for a constant vector."""
+    span = x.max() - x.min() + epsilon
+    return (x - x.min()) / span if span > 0 else np.zeros_like(x)
+
+
+def rows(x):
+    """All axes but the last, flattened."""
+    return np.asarray(x, "float64").reshape(-1, np.shape(x)[-1])
+
+
+def second_moment(x):
+    """Mean of the squares over rows."""
+    return np.mean(np.square(rows(x)), axis=0)
+
+
+def padding_of(size, kernel, stride, dilation, padding):
+    """Zeros before and after, and the number of outputs, along one axis."""
+    reach = (kernel - 1) * dilation + 1
+    if padding == "valid":
+        return 0, 0, (size - reach) // stride + 1
+    outputs = -(-size // stride)
+    needed = max((outputs - 1) * stride + reach - size, 0)
+    if padding == "causal":
+        return reach - 1, 0, outputs
+    return needed // 2, needed - needed // 2, outputs
+
+
+def patches(x, kernel_size, strides, dilation, padding):
+    """Every patch that a channels-last convolution sees, by explicit loops.
+
+    Returns:
+        Array of shape `(batch * positions, *kernel_size, channels)`.
+    """
+    x = np.asarray(x, "float64")
+    spatial = x.shape[1:-1]
+    pads, counts = [(0, 0)], []
+    for axis, size in enumerate(spatial):
+        before, after, outputs = padding_of(
+            size, kernel_size[axis], strides[axis], dilation[axis], padding
+        )
+        pads.append((before, after))
+        counts.append(outputs)
+    x = np.pad(x, [*pads, (0, 0)])
+    result = []
+    for example in x:
+        for position in np.ndindex(*counts):
+            patch = np.zeros((*kernel_size, x.shape[-1]))
+            for tap in np.ndindex(*kernel_size):
+                index = tuple(
+                    p * s + t * d
+                    for p, s, t, d in zip(
+                        position, strides, tap, dilation, strict=True
+                    )
+                )
+                patch[tap] = example[index]
+            result.append(patch)
+    return np.stack(result)
+
+
+class LinearFactors:
+    """Factors of `z = [h, 1] W`: the activation factor has a bias entry."""
+
+    def __init__(self, inputs, outputs, bias):
+        self.bias = bias
+        self.h = np.ones(inputs + bias)
+        self.s = np.ones(outputs)
+
+    def update(self, h_rows, s_rows, gamma_1, gamma_2, epsilon=0.0):
+        h = np.mean(np.square(h_rows), axis=0)
+        s = np.mean(np.square(s_rows), axis=0)
+        if self.bias:
+            h = np.append(h, 1.0)
+        self.h = (1 - gamma_1) * self.h + gamma_2 * min_max(h, epsilon)
+        self.s = (1 - gamma_1) * self.s + gamma_2 * min_max(s, epsilon)
+
+    def fisher(self, damping):
+        """Fisher diagonals `(inputs, outputs)` and `(outputs,)` or `None`."""
+        fisher = np.outer(self.h, self.s) + damping
+        return (fisher[:-1], fisher[-1]) if self.bias else (fisher, None)
+
+
+class ScaleFactors:
+    """Factors of `z = scale * x + shift`, per channel."""
+
+    def __init__(self, channels):
+        self.h_scale = np.ones(channels)
+        self.h_shift = np.ones(())
+        self.s = np.ones(channels)
+
+    def update(self, h_rows, s_rows, gamma_1, gamma_2, epsilon=0.0):
+        h = np.mean(np.square(h_rows), axis=0)
+        s = np.mean(np.square(s_rows), axis=0)
+        keep = 1 - gamma_1
+        self.h_scale = keep * self.h_scale + gamma_2 * min_max(h, epsilon)
+        self.h_shift = keep * self.h_shift + gamma_2 * 1.0
+        self.s = keep * self.s + gamma_2 * min_max(s, epsilon)
+
+    def fisher(self, damping):
+        return self.h_scale * self.s + damping, self.h_shift * self.s + damping
+
+
+class Momentum:
+    """`m <- beta m + (1 - beta) g`, and the bias-corrected step `m / F`."""
+
+    def __init__(self, shape, beta):
+        self.beta = beta
+        self.m = np.zeros(shape)
+        self.t = 0
+
+    def step(self, gradient, fisher):
+        self.t += 1
+        self.m = self.beta * self.m + (1 - self.beta) * gradient
+        return self.m / (1 - self.beta**self.t) / fisher
+
+
+class AdamW:
+    """The AdamW rule with Keras' placement of epsilon."""
+
+    def __init__(self, shape, beta_1, beta_2=0.999, epsilon=1e-7):
+        self.m, self.v, self.t = np.zeros(shape), np.zeros(shape), 0
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+
+    def step(self, gradient):
+        self.t += 1
+        self.m = self.beta_1 * self.m + (1 - self.beta_1) * gradient
+        self.v = self.beta_2 * self.v + (1 - self.beta_2) * gradient**2
+        correction = np.sqrt(1 - self.beta_2**self.t)
+        correction /= 1 - self.beta_1**self.t
+        return correction * self.m / (np.sqrt(self.v) + self.epsilon)
