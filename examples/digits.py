@@ -40,7 +40,7 @@ def make_model():
         [
             keras.Input((8, 8, 1)),
             keras.layers.Conv2D(32, 3, padding="same", use_bias=False),
-            keras.layers.BatchNormalization(),
+            keras.layers.BatchNormalization(momentum=0.9),
             keras.layers.Activation("relu"),
             keras.layers.MaxPooling2D(),
             keras.layers.Conv2D(64, 3, padding="same", activation="relu"),
@@ -57,7 +57,6 @@ def train(optimizer, epochs):
 
     Returns:
         The trained model, its history and the seconds that it took.
-
     """
     x_train, x_val, y_train, y_val = load_digits()
     keras.utils.set_random_seed(0)
@@ -80,6 +79,7 @@ def train(optimizer, epochs):
 
 
 def main():
+    """Train with both optimizers and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--plot", default="digits.png")

@@ -21,7 +21,6 @@ class ParameterCoverage:
         factors: Text that names the factors and their shapes. Empty if the
             parameter takes AdamW's rule.
         reason: Why there are no factors. Empty if there are.
-
     """
 
     layer: str
@@ -41,7 +40,6 @@ class Coverage:
 
     Attributes:
         rows: List of `ParameterCoverage`, one for each trainable parameter.
-
     """
 
     def __init__(self, name, rows):
@@ -104,7 +102,6 @@ def coverage(target):
     Raises:
         TypeError: `target` is neither.
         ValueError: `target` isn't built.
-
     """
     layers = plain_layers("coverage", target)
     if not target.built:

@@ -34,7 +34,6 @@ def min_max(x, epsilon=0.0, low=None, high=None):
 
     Returns:
         A tensor like `x`. A range of zero (a constant `x`) gives zeros.
-
     """
     low = ops.min(x) if low is None else low
     high = ops.max(x) if high is None else high
@@ -56,7 +55,6 @@ def min_max_with_one(x, epsilon=0.0):
 
     Returns:
         Two tensors: one like `x`, and a scalar for the entry 1.
-
     """
     one = ops.ones((), x.dtype)
     low = ops.minimum(ops.min(x), one)
@@ -78,7 +76,6 @@ def running_average(average, value, gamma_1, gamma_2):
 
     Returns:
         A tensor like `average`.
-
     """
     return (1.0 - gamma_1) * average + gamma_2 * value
 

@@ -101,7 +101,6 @@ class AdaFisher(keras.optimizers.Optimizer):
 
     Raises:
         ValueError: An argument is out of its range.
-
     """
 
     def __init__(
@@ -186,7 +185,6 @@ class AdaFisher(keras.optimizers.Optimizer):
             variables: list of model variables to build AdaFisher variables
                 on, probes included: `model.trainable_variables` of a wrapped
                 model.
-
         """
         if self.built:
             return
@@ -218,11 +216,11 @@ class AdaFisher(keras.optimizers.Optimizer):
                     self._fisher_terms[index].append(term)
         self._velocities = [None] * len(variables)
         for index, variable in enumerate(variables):
-            if self._momentums[index] is not None:
-                if not self._fisher_terms[index]:
-                    self._velocities[index] = self.add_variable_from_reference(
-                        variable, name="velocity"
-                    )
+            has_step = self._momentums[index] is not None
+            if has_step and not self._fisher_terms[index]:
+                self._velocities[index] = self.add_variable_from_reference(
+                    variable, name="velocity"
+                )
 
         if self.gradient_accumulation_steps:
             for curvature in self._curvatures:
@@ -244,7 +242,6 @@ class AdaFisher(keras.optimizers.Optimizer):
             trainable_variables: list of the variables that the gradients
                 belong to. Defaults to the list that the optimizer was built
                 with.
-
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
@@ -388,7 +385,6 @@ class AdaFisher(keras.optimizers.Optimizer):
         Args:
             answers: Dict from the index of a probe's variable to its gradient.
             step: The number of this step, counted from 0.
-
         """
         answered = []
         for curvature in self._curvatures:
@@ -459,7 +455,6 @@ class AdaFisherW(AdaFisher):
         weight_decay: Float. Defaults to `0.01`.
 
     All other arguments are those of `keras_adafisher.AdaFisher`.
-
     """
 
     def __init__(
@@ -526,7 +521,6 @@ class _Curvature:
     Args:
         probe: The block's `Probe`.
         add_variable: `Optimizer.add_variable`.
-
     """
 
     def __init__(self, probe, add_variable):
@@ -601,7 +595,6 @@ class _Curvature:
         Returns:
             List of tensors. The old values if there was no answer, or one
             that isn't finite.
-
         """
         calls, activation, gradient = answer
         is_usable = ops.logical_and(

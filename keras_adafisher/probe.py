@@ -39,7 +39,6 @@ class Probe:
         gradient: The same for `S`.
         listening: Bool. Read instead of `request` on backends that run
             eagerly, where reading a tensor would wait for the device.
-
     """
 
     def __init__(self, block, add_weight, index=0):
@@ -89,7 +88,6 @@ def tap(z, h, probe):
 
     Returns:
         `z`, unchanged.
-
     """
     if not backend.must_tap(probe):
         return z

@@ -16,7 +16,6 @@ def mean_square(x, axis):
 
     Returns:
         Float32 tensor: `x`'s shape without these axes.
-
     """
     return ops.mean(ops.square(ops.cast(x, "float32")), axis=axis)
 
@@ -41,7 +40,6 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
 
     Returns:
         `x` with `kernel_size` entries along `axis` instead of the positions.
-
     """
     size = ops.shape(x)[axis]
     reach = (kernel_size - 1) * dilation
@@ -51,10 +49,8 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
     else:
         outputs = (size + stride - 1) // stride
         needed = (outputs - 1) * stride + reach + 1 - size
-        if padding == "causal":
-            before = reach
-        else:
-            before = _at_least_zero(needed) // 2
+        causal = padding == "causal"
+        before = reach if causal else _at_least_zero(needed) // 2
 
     # The amount of "same" padding depends on the size, which TensorFlow may
     # not know while it traces. `reach` is an upper bound that is known.

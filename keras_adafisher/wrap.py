@@ -34,7 +34,6 @@ def wrap(target):
 
     Raises:
         TypeError: `target` is neither.
-
     """
     for layer in plain_layers("wrap", target):
         if not layer.built:
@@ -54,7 +53,6 @@ def unwrap(target):
 
     Raises:
         TypeError: `target` is neither.
-
     """
     layers = plain_layers("unwrap", target)
     _tell_owners(target, backend.forget_parameters)
@@ -79,7 +77,6 @@ def plain_layers(function, target):
 
     Raises:
         TypeError: `target` is no layer.
-
     """
     if not isinstance(target, keras.layers.Layer):
         raise TypeError(
@@ -101,7 +98,6 @@ def make_wrapper(layer):
     Returns:
         Tuple of a `LayerWrapper` that isn't attached or `None`, and a string
         that is empty if there is one.
-
     """
     if "call" in layer.__dict__:
         return None, f"the `call` of {layer.name} was replaced"

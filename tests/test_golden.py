@@ -9,10 +9,10 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-
-import keras_adafisher
 from models import cross_entropy
 from models import to_numpy
+
+import keras_adafisher
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "official.npz")
 TOLERANCE = 2e-6

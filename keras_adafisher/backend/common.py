@@ -25,7 +25,6 @@ def write_request(probe, wanted, assign):
         probe: `Probe`.
         wanted: What a comparison with `step_number()` gives.
         assign: Callable `(variable, value)`.
-
     """
     assign(probe.request, ops.cast(wanted, "float32"))
 

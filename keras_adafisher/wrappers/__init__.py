@@ -1,19 +1,21 @@
 """One file per layer family. Importing the package fills the registry."""
 
-from keras_adafisher.wrappers import conv
-from keras_adafisher.wrappers import dense
-from keras_adafisher.wrappers import normalization
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import wrapper_of
+from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.conv import ConvBlock
+from keras_adafisher.wrappers.dense import DenseBlock
+from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
 
 __all__ = [
+    "Block",
+    "ConvBlock",
+    "DenseBlock",
     "LayerWrapper",
-    "conv",
-    "dense",
+    "ScaleBlock",
     "find_wrapper",
-    "normalization",
     "register_wrapper",
     "wrapper_of",
 ]

@@ -43,7 +43,6 @@ class LayerWrapper(keras.layers.Layer):
         host: The layer.
         blocks: List of `Block`s, what `make_blocks` returned.
         probes: List of `Probe`s, one for each block.
-
     """
 
     def __init__(self, host):
@@ -68,7 +67,6 @@ class LayerWrapper(keras.layers.Layer):
 
         Returns:
             A list of `Block`s. Those without parameters are left out.
-
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `make_blocks()`."
@@ -94,7 +92,6 @@ class LayerWrapper(keras.layers.Layer):
 
         Returns:
             `z`, unchanged.
-
         """
         return tap(z, h, self.probes[block])
 

@@ -1,11 +1,97 @@
 """Convolutions."""
 
-import keras
+import math
 
-from keras_adafisher.blocks import ConvBlock
+import keras
+from keras import ops
+
+from keras_adafisher.statistics import mean_square
+from keras_adafisher.statistics import window_mean
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import variable_or_none
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
+
+
+class ConvBlock(Block):
+    """A convolution of any rank, as a dense map of its patches.
+
+    `H` has an entry for each kernel tap and input channel: the mean of the
+    square of what that tap reads, over batch and output positions, zeros of
+    the padding included. `S` has an entry for each filter. With groups, a
+    filter sees only the input channels of its own group, so `H` has a last
+    axis for the group. arXiv 2405.16397, Section 3.1 and Appendix A; groups
+    are ours.
+
+    Args:
+        weight: Variable of shape `(*kernel_size, channels / groups, filters)`.
+            `None` if it doesn't train.
+        bias: Variable of shape `(filters,)`, or `None`.
+        channels: Int, number of input channels.
+        filters: Int, number of output channels.
+        kernel_size, strides, dilation_rate: Tuples of ints, one entry per
+            spatial axis.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        data_format: `"channels_last"` or `"channels_first"`.
+        groups: Int.
+    """
+
+    def __init__(
+        self,
+        weight,
+        bias,
+        channels,
+        filters,
+        kernel_size,
+        strides,
+        dilation_rate,
+        padding,
+        data_format,
+        groups=1,
+    ):
+        super().__init__(weight, bias)
+        self.filters = filters
+        self.kernel_size = tuple(kernel_size)
+        self.strides = tuple(strides)
+        self.dilation_rate = tuple(dilation_rate)
+        self.padding = padding
+        self.channels_first = data_format == "channels_first"
+        self.groups = groups
+        self.activation_shape = (*kernel_size, channels // groups, groups)
+        self.gradient_shape = (filters,)
+
+    def activation_statistic(self, h):
+        # The batch first: everything after it works on one small map.
+        h = mean_square(h, axis=0)
+        if self.channels_first:
+            h = ops.moveaxis(h, 0, -1)
+        windows = zip(
+            self.kernel_size, self.strides, self.dilation_rate, strict=True
+        )
+        for axis, (size, stride, dilation) in enumerate(windows):
+            h = window_mean(h, axis, size, stride, dilation, self.padding)
+        # Channels are ordered by group.
+        group_size, groups = self.activation_shape[-2:]
+        h = ops.reshape(h, (*self.kernel_size, groups, group_size))
+        return ops.swapaxes(h, -1, -2)
+
+    def gradient_statistic(self, s):
+        axes = list(range(len(s.shape)))
+        axes.pop(1 if self.channels_first else -1)
+        return mean_square(s, axis=tuple(axes))
+
+    def normalize_activation(self, statistic, epsilon):
+        # The authors' code divides a convolution's `H`, the 1 of the bias
+        # included, by the number of inputs to a filter. That only changes
+        # what `epsilon` amounts to.
+        inputs = math.prod(self.activation_shape[:-1])
+        return super().normalize_activation(statistic, epsilon * inputs)
+
+    def fisher_of_weight(self, activation, gradient):
+        if self.groups > 1:
+            filters_per_group = self.filters // self.groups
+            activation = ops.repeat(activation, filters_per_group, axis=-1)
+        return activation * gradient
 
 
 @register_wrapper(keras.layers.Conv2D)

@@ -1,11 +1,40 @@
 """Dense layers."""
 
 import keras
+from keras import ops
 
-from keras_adafisher.blocks import DenseBlock
+from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import variable_or_none
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
+
+
+class DenseBlock(Block):
+    """`z[..., o] = sum_i h[..., i] W[i, o] + b[o]`.
+
+    `H[i]` is the mean of `h²` and `S[o]` the mean of `s²` over all axes but
+    the last: arXiv 2405.16397, Section 3.1.
+
+    Args:
+        weight: Variable of shape `(inputs, outputs)`. `None` if it doesn't
+            train: then only the bias is factored.
+        bias: Variable of shape `(outputs,)`, or `None`.
+        inputs: Int, number of input coordinates.
+        outputs: Int, number of output coordinates.
+    """
+
+    def __init__(self, weight, bias, inputs, outputs):
+        super().__init__(weight, bias)
+        self.activation_shape = (inputs, 1)
+        self.gradient_shape = (outputs,)
+
+    def activation_statistic(self, h):
+        h = mean_square(h, axis=tuple(range(len(h.shape) - 1)))
+        return ops.reshape(h, self.activation_shape)
+
+    def gradient_statistic(self, s):
+        return mean_square(s, axis=tuple(range(len(s.shape) - 1)))
 
 
 @register_wrapper(keras.layers.Dense)

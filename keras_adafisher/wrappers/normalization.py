@@ -1,10 +1,46 @@
 """Normalization layers: their scale and shift."""
 
 import keras
+from keras import ops
 
-from keras_adafisher.blocks import ScaleBlock
+from keras_adafisher import factors
+from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
+
+
+class ScaleBlock(Block):
+    """`z = h * W + b`, elementwise: the scale and shift of a normalization.
+
+    `H` and `S` have the parameters' shape: the means of `h²` and `s²` over
+    all other axes. `H` of the shift is 1. arXiv 2405.16397, Proposition 3.1.
+
+    Args:
+        weight: Variable, or `None`.
+        bias: Variable of the same shape, or `None`.
+        axis: Tuple of ints, the axes of `h` that the parameters have.
+        shape: Tuple of ints, the parameters' shape.
+    """
+
+    def __init__(self, weight, bias, axis, shape):
+        super().__init__(weight, bias)
+        self.axis = tuple(axis)
+        self.activation_shape = tuple(shape)
+        self.gradient_shape = tuple(shape)
+
+    def activation_statistic(self, h):
+        rank = len(h.shape)
+        kept = {axis % rank for axis in self.axis}
+        others = tuple(axis for axis in range(rank) if axis not in kept)
+        return ops.reshape(mean_square(h, axis=others), self.activation_shape)
+
+    def gradient_statistic(self, s):
+        return self.activation_statistic(s)
+
+    def normalize_activation(self, statistic, epsilon):
+        # Scale and shift are factored apart, so 1 isn't part of the vector.
+        return factors.min_max(statistic, epsilon), ops.ones(())
 
 
 class NormalizationWrapper(LayerWrapper):

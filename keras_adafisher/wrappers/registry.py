@@ -23,7 +23,6 @@ def register_wrapper(layer_class):
         TypeError: `layer_class` is not a layer class, or what is decorated is
             not a subclass of `LayerWrapper`.
         ValueError: `layer_class` has a wrapper already.
-
     """
     if not _is_subclass(layer_class, keras.layers.Layer):
         raise TypeError(
@@ -59,7 +58,6 @@ def find_wrapper(layer):
     Returns:
         Tuple of a subclass of `LayerWrapper` or `None`, and a string that is
         empty if there is one.
-
     """
     cls = type(layer)
     for registered in cls.__mro__:
