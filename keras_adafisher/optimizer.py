@@ -14,7 +14,7 @@ import keras
 from keras import ops
 
 from keras_adafisher import backend
-from keras_adafisher import factors
+from keras_adafisher.curvature import Curvature
 from keras_adafisher.probe import probe_of
 
 
@@ -204,7 +204,7 @@ class AdaFisher(keras.optimizers.Optimizer):
         self._is_probe = [probe_of(v) is not None for v in variables]
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         self._curvatures = [
-            _Curvature(probe, self.add_variable) for probe in probes
+            Curvature(probe, self.add_variable) for probe in probes
         ]
         # For each variable the functions that compute its Fisher diagonal,
         # which is their sum. None of them: AdamW's rule.
@@ -290,6 +290,7 @@ class AdaFisher(keras.optimizers.Optimizer):
         if self._fisher_terms[index]:
             denominator = self._fisher(index)
         else:
+            # AdamW's rule, with Keras' placement of epsilon.
             v = self._velocities[index]
             self.assign_add(
                 v,
@@ -298,9 +299,8 @@ class AdaFisher(keras.optimizers.Optimizer):
                     1 - self.adam_beta_2,
                 ),
             )
-            lr = lr * ops.sqrt(
-                1 - ops.power(ops.cast(self.adam_beta_2, dtype), step)
-            )
+            beta_2_power = ops.power(ops.cast(self.adam_beta_2, dtype), step)
+            lr = lr * ops.sqrt(1 - beta_2_power)
             denominator = ops.add(ops.sqrt(v), self.adam_epsilon)
         self.assign_sub(
             variable,
@@ -513,107 +513,6 @@ class AdaFisherW(AdaFisher):
 for _class in (AdaFisher, AdaFisherW):
     keras.saving.get_custom_objects()[_class.__name__] = _class
     keras.saving.get_custom_objects()[_class.__name__.lower()] = _class
-
-
-class _Curvature:
-    """The running factors of one block: optimizer state.
-
-    Args:
-        probe: The block's `Probe`.
-        add_variable: `Optimizer.add_variable`.
-    """
-
-    def __init__(self, probe, add_variable):
-        self.probe = probe
-        self.block = probe.block
-        self._add_variable = add_variable
-        self.activation = self._add(probe.activation, "ones", "factor")
-        self.gradient = self._add(probe.gradient, "ones", "factor")
-        # The factor of the input that is always 1.
-        self.one = None
-        if self.block.bias is not None:
-            self.one = self._add(probe.request, "ones", "factor")
-
-    def _add(self, reference, initializer, what):
-        return self._add_variable(
-            shape=reference.shape,
-            initializer=initializer,
-            dtype="float32",
-            # All replicas write the same value.
-            aggregation="only_first_replica",
-            name=f"{reference.path.replace('/', '_')}_{what}",
-        )
-
-    @property
-    def variables(self):
-        variables = [self.activation, self.gradient]
-        return variables if self.one is None else [*variables, self.one]
-
-    def values(self):
-        return [ops.convert_to_tensor(v) for v in self.variables]
-
-    def terms(self):
-        """Pairs of a parameter and the function for its Fisher diagonal."""
-        pairs = [
-            (self.block.weight, self.fisher_of_weight),
-            (self.block.bias, self.fisher_of_bias),
-        ]
-        return [pair for pair in pairs if pair[0] is not None]
-
-    def fisher_of_weight(self):
-        activation, gradient, *_ = self.values()
-        return self.block.fisher_of_weight(activation, gradient)
-
-    def fisher_of_bias(self):
-        _, gradient, one = self.values()
-        return self.block.fisher_of_bias(one, gradient)
-
-    def add_accumulators(self):
-        self.accumulators = [
-            self._add(variable, "zeros", "accumulator")
-            for variable in self.probe.variables
-        ]
-
-    def accumulate(self, answer, is_last, assign):
-        """Add an answer to those of the update's earlier steps."""
-        totals = []
-        for accumulator, tensor in zip(self.accumulators, answer, strict=True):
-            total = ops.add(accumulator, tensor)
-            rest = ops.where(is_last, ops.zeros_like(total), total)
-            assign(accumulator, rest)
-            totals.append(total)
-        return totals
-
-    def measured(self, answer, scale, gamma_1, gamma_2, epsilon):
-        """The values of `variables` after a measurement.
-
-        Args:
-            answer: The sums over the gradients of `probe.variables`.
-            scale: Float, what the loss was multiplied by.
-            gamma_1, gamma_2, epsilon: See `AdaFisher`.
-
-        Returns:
-            List of tensors. The old values if there was no answer, or one
-            that isn't finite.
-        """
-        calls, activation, gradient = answer
-        is_usable = ops.logical_and(
-            calls > 0, factors.is_finite(activation, gradient)
-        )
-        calls = ops.maximum(calls, 1)
-        activation, one = self.block.normalize_activation(
-            activation / calls, epsilon
-        )
-        gradient = factors.min_max(gradient / (calls * scale**2), epsilon)
-        measurement = [activation, gradient, one]
-        return [
-            ops.where(
-                is_usable,
-                factors.running_average(old, new, gamma_1, gamma_2),
-                old,
-            )
-            for old, new in zip(self.values(), measurement, strict=False)
-        ]
 
 
 def _complete_probes(variables):

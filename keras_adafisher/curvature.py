@@ -1,0 +1,106 @@
+"""What the optimizer keeps of a block: its running Kronecker factors."""
+
+from keras import ops
+
+from keras_adafisher import factors
+
+
+class Curvature:
+    """The running factors of one block: optimizer state.
+
+    Args:
+        probe: The block's `Probe`.
+        add_variable: `Optimizer.add_variable`.
+    """
+
+    def __init__(self, probe, add_variable):
+        self.probe = probe
+        self.block = probe.block
+        self._add_variable = add_variable
+        self.activation = self._add(probe.activation, "ones", "factor")
+        self.gradient = self._add(probe.gradient, "ones", "factor")
+        # The factor of the input that is always 1.
+        self.one = None
+        if self.block.bias is not None:
+            self.one = self._add(probe.request, "ones", "factor")
+
+    def _add(self, reference, initializer, what):
+        return self._add_variable(
+            shape=reference.shape,
+            initializer=initializer,
+            dtype="float32",
+            # All replicas write the same value.
+            aggregation="only_first_replica",
+            name=f"{reference.path.replace('/', '_')}_{what}",
+        )
+
+    @property
+    def variables(self):
+        variables = [self.activation, self.gradient]
+        return variables if self.one is None else [*variables, self.one]
+
+    def values(self):
+        return [ops.convert_to_tensor(v) for v in self.variables]
+
+    def terms(self):
+        """Pairs of a parameter and the function for its Fisher diagonal."""
+        pairs = [
+            (self.block.weight, self.fisher_of_weight),
+            (self.block.bias, self.fisher_of_bias),
+        ]
+        return [pair for pair in pairs if pair[0] is not None]
+
+    def fisher_of_weight(self):
+        activation, gradient, *_ = self.values()
+        return self.block.fisher_of_weight(activation, gradient)
+
+    def fisher_of_bias(self):
+        _, gradient, one = self.values()
+        return self.block.fisher_of_bias(one, gradient)
+
+    def add_accumulators(self):
+        self.accumulators = [
+            self._add(variable, "zeros", "accumulator")
+            for variable in self.probe.variables
+        ]
+
+    def accumulate(self, answer, is_last, assign):
+        """Add an answer to those of the update's earlier steps."""
+        totals = []
+        for accumulator, tensor in zip(self.accumulators, answer, strict=True):
+            total = ops.add(accumulator, tensor)
+            rest = ops.where(is_last, ops.zeros_like(total), total)
+            assign(accumulator, rest)
+            totals.append(total)
+        return totals
+
+    def measured(self, answer, scale, gamma_1, gamma_2, epsilon):
+        """The values of `variables` after a measurement.
+
+        Args:
+            answer: The sums over the gradients of `probe.variables`.
+            scale: Float, what the loss was multiplied by.
+            gamma_1, gamma_2, epsilon: See `AdaFisher`.
+
+        Returns:
+            List of tensors. The old values if there was no answer, or one
+            that isn't finite.
+        """
+        calls, activation, gradient = answer
+        is_usable = ops.logical_and(
+            calls > 0, factors.is_finite(activation, gradient)
+        )
+        calls = ops.maximum(calls, 1)
+        activation, one = self.block.normalize_activation(
+            activation / calls, epsilon
+        )
+        gradient = factors.min_max(gradient / (calls * scale**2), epsilon)
+        measurement = [activation, gradient, one]
+        return [
+            ops.where(
+                is_usable,
+                factors.running_average(old, new, gamma_1, gamma_2),
+                old,
+            )
+            for old, new in zip(self.values(), measurement, strict=False)
+        ]
