@@ -336,8 +336,9 @@ class AdaFisher(keras.optimizers.Optimizer):
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""
         super().load_own_variables(store)
-        # The step that comes next may be a measuring one.
-        self._request(True)
+        if self.built:
+            # The step that comes next may be a measuring one.
+            self._request(True)
 
     def set_weights(self, weights):
         """Set the weights of the optimizer."""

@@ -42,6 +42,10 @@ def wrap(target):
             wrapper, _ = make_wrapper(layer)
             if wrapper is not None:
                 wrapper.attach()
+        else:
+            # The optimizer that comes now measures at its first step, where
+            # the last one left off.
+            wrapper_of(layer).measure_next_step()
     _tell_owners(target, backend.register_parameters)
 
 

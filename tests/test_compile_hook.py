@@ -1,0 +1,109 @@
+import inspect
+
+import keras
+import pytest
+
+import keras_adafisher
+from keras_adafisher.probe import probe_of
+from models import cross_entropy
+from models import data
+from models import mlp
+
+
+def is_wrapped(model):
+    return any(probe_of(v) is not None for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras_adafisher.AdaFisher,
+        lambda: "adafisher",
+        lambda: "AdaFisherW",
+        lambda: keras.optimizers.serialize(keras_adafisher.AdaFisher()),
+        lambda: keras.optimizers.LossScaleOptimizer(
+            keras_adafisher.AdaFisher()
+        ),
+    ],
+)
+def test_whatever_means_adafisher_wraps(optimizer):
+    model = mlp()
+    model.compile(optimizer=optimizer(), loss=cross_entropy())
+    assert is_wrapped(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", None, keras.optimizers.SGD])
+def test_other_optimizers_do_not_wrap(optimizer):
+    model = mlp()
+    model.compile(optimizer() if callable(optimizer) else optimizer, "mse")
+    assert not is_wrapped(model)
+
+
+def test_compiling_with_another_optimizer_unwraps_and_back():
+    x, y = data()
+    model = mlp()
+    for _ in range(2):
+        model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+        assert is_wrapped(model)
+        model.fit(x, y, verbose=0)
+        model.compile("adam", loss=cross_entropy())
+        assert not is_wrapped(model)
+        model.fit(x, y, verbose=0)
+
+
+def test_compile_leaves_what_the_user_wrapped():
+    """A GAN's parts are wrapped by hand; its `compile` knows no optimizer."""
+    part = mlp()
+    keras_adafisher.wrap(part)
+    whole = keras.Sequential([keras.Input((6,)), part])
+    whole.compile(loss="mse")
+    assert is_wrapped(part)
+
+
+def test_a_new_optimizer_measures_at_its_first_step():
+    x, y = data()
+    model = mlp()
+    for _ in range(2):
+        optimizer = keras_adafisher.AdaFisher()
+        model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, batch_size=16, epochs=2, verbose=0)
+        # 1 if it had never measured.
+        factor = optimizer.fisher_diagonal(model.layers[0].kernel)
+        assert float(keras.ops.max(factor)) < 0.1
+
+
+def test_trainable_weights_are_the_trainable_variables():
+    model = mlp()
+    plain = model.trainable_weights
+    assert [id(v) for v in plain] == [id(v) for v in model.weights]
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    assert [id(v) for v in model.trainable_weights] == [
+        id(v) for v in model.trainable_variables
+    ]
+
+
+def test_compile_keeps_its_signature():
+    parameters = list(inspect.signature(keras.Model.compile).parameters)
+    assert parameters[:3] == ["self", "optimizer", "loss"]
+    assert "jit_compile" in parameters
+
+
+def test_positional_arguments_of_compile():
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), "mse", None, ["mae"])
+    assert model.loss == "mse"
+
+
+def test_keras_still_sees_no_override_of_compile():
+    """Or `load_model` wouldn't compile what it loads."""
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    copy = mlp()
+    copy.compile_from_config(model.get_compile_config())
+    assert isinstance(copy.optimizer, keras_adafisher.AdaFisher)
+    assert is_wrapped(copy)
+
+
+def test_a_wrong_optimizer_gets_keras_error():
+    with pytest.raises(ValueError, match="Could not interpret optimizer"):
+        mlp().compile(optimizer=3, loss="mse")

@@ -1,0 +1,101 @@
+"""The private names of Keras that the package uses, one test each.
+
+If a Keras release moves one, the test that fails has its name. PyTorch's own
+is in `test_torch.py`.
+"""
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from models import mlp
+
+@pytest.fixture
+def layer():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    return layer
+
+
+@pytest.fixture
+def optimizer():
+    optimizer = keras.optimizers.SGD(use_ema=True)
+    optimizer.build(mlp().trainable_variables)
+    return optimizer
+
+
+def test_layer_flatten_layers():
+    """`wrap` walks through a model: parents before their sub-layers."""
+    model = mlp()
+    outer = keras.Sequential([keras.Input((6,)), model])
+    layers = outer._flatten_layers()
+    assert layers[0] is outer
+    assert layers.index(model) < layers.index(model.layers[0])
+
+
+def test_layer_tracker(layer):
+    """A wrapper is added to a layer that is built, and removed."""
+    assert layer._tracker.locked
+    layer._tracker.unlock()
+    sublayer = layer.sublayer = keras.layers.Dense(1)
+    layer._tracker.lock()
+    assert sublayer in layer._flatten_layers()
+    layer._tracker.untrack(sublayer)
+    assert sublayer not in layer._flatten_layers()
+
+
+def test_build_is_an_attribute_of_the_layer():
+    """What isn't built yet is wrapped in its `build`."""
+    assert "build" in vars(keras.layers.Dense(3))
+    assert "call" not in vars(keras.layers.Dense(3))
+
+
+def test_saving_passes_over_names_with_two_underscores(layer, tmp_path):
+    """The wrapper is kept under such a name."""
+    layer._tracker.unlock()
+    layer.__seen__ = keras.layers.Dense(2)
+    layer.__seen__.build((None, 4))
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.save_weights(tmp_path / "model.weights.h5")
+    found = []
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visit(found.append)
+    assert found
+    assert not any("seen" in name for name in found)
+
+
+def test_overwrite_with_gradient(layer):
+    """Marks the probes for optimizers that don't know them."""
+    layer._tracker.unlock()
+    variable = layer.add_weight(shape=(), overwrite_with_gradient=True)
+    assert variable.overwrite_with_gradient
+    optimizer = keras.optimizers.Adam()
+    optimizer.build([variable, layer.kernel])
+    assert len(optimizer.variables) == 2 + 2
+
+
+def test_optimizer_get_variable_index(optimizer):
+    variables = optimizer._trainable_variables
+    assert [optimizer._get_variable_index(v) for v in variables] == [0, 1, 2, 3]
+    with pytest.raises(KeyError):
+        optimizer._get_variable_index(optimizer.iterations)
+
+
+def test_optimizer_iterations():
+    """Counts steps, where `iterations` counts updates."""
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer.build([variable])
+    for _ in range(3):
+        optimizer.apply([ops.ones(2)], [variable])
+    assert int(optimizer._iterations) == 3
+    assert int(optimizer.iterations) == 1
+
+
+def test_optimizer_model_variables_moving_average(optimizer):
+    averages = optimizer._model_variables_moving_average
+    assert [a.shape for a in averages] == [
+        v.shape for v in optimizer._trainable_variables
+    ]

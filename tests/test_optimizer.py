@@ -1,0 +1,543 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_adafisher
+import reference
+from models import assert_close
+from models import assert_same
+from models import cnn
+from models import cross_entropy
+from models import data
+from models import image_data
+from models import mlp
+from models import product_loss
+from models import to_numpy
+from models import weights
+
+
+def linear(rng, inputs=4, outputs=3):
+    """One dense layer, for which everything can be computed by hand."""
+    layer = keras.layers.Dense(outputs)
+    model = keras.Sequential([keras.Input((inputs,)), layer])
+    steps = [
+        (
+            rng.normal(size=(5, inputs)).astype("float32"),
+            rng.normal(size=(5, outputs)).astype("float32"),
+        )
+        for _ in range(7)
+    ]
+    return model, layer, steps
+
+
+@pytest.mark.parametrize("factor_update_steps", [1, 3, 100])
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+def test_weights_follow_the_algorithm(factor_update_steps, weight_decay, rng):
+    model, layer, steps = linear(rng)
+    arguments = {"beta": 0.8, "damping": 0.02, "gamma_1": 0.9, "gamma_2": 0.2}
+    optimizer = keras_adafisher.AdaFisher(
+        learning_rate=0.01,
+        factor_update_steps=factor_update_steps,
+        weight_decay=weight_decay,
+        **arguments,
+    )
+    model.compile(optimizer, loss=product_loss)
+    kernel, bias = (w.astype("float64") for w in layer.get_weights())
+
+    factors = reference.LinearFactors(4, 3, bias=True)
+    momenta = [reference.Momentum(w.shape, 0.8) for w in (kernel, bias)]
+    for t, (x, r) in enumerate(steps):
+        model.train_on_batch(x, r)
+        s = r / r.size
+        if t % factor_update_steps == 0:
+            factors.update(x, s, 0.9, 0.2)
+        fishers = factors.fisher(0.02)
+        gradients = (x.T @ s, s.sum(axis=0))
+        decay = 1 - 0.01 * (weight_decay or 0.0)
+        kernel, bias = (
+            w * decay - 0.01 * momentum.step(g, fisher)
+            for w, momentum, g, fisher in zip(
+                (kernel, bias), momenta, gradients, fishers, strict=True
+            )
+        )
+        assert_close(layer.get_weights(), [kernel, bias], 2e-6)
+
+
+def test_the_first_step_by_hand():
+    """Numbers that can be checked with pencil and paper."""
+    layer = keras.layers.Dense(2, use_bias=False)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    layer.set_weights([np.zeros((2, 2))])
+    optimizer = keras_adafisher.AdaFisher(
+        learning_rate=0.5, damping=0.25, gamma_1=0.5, gamma_2=0.5
+    )
+    model.compile(optimizer, loss=product_loss)
+    # One example: h = (1, 2), and s = y_true / 2 = (1, 3).
+    model.train_on_batch(np.array([[1.0, 2.0]]), np.array([[2.0, 6.0]]))
+    # h² = (1, 4) and s² = (1, 9) normalize to (0, 1), the factors are
+    # 0.5 * 1 + 0.5 * (0, 1) = (0.5, 1), and F = H S + 0.25.
+    fisher = [[0.5, 0.75], [0.75, 1.25]]
+    np.testing.assert_allclose(
+        to_numpy(optimizer.fisher_diagonal(layer.kernel)), fisher, rtol=1e-6
+    )
+    # The gradient is h s, the bias-corrected momentum of step one as well.
+    expected = -0.5 * np.array([[1.0, 3.0], [2.0, 6.0]]) / fisher
+    np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-6)
+
+
+def test_the_order_of_the_trainable_variables_does_not_matter():
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables[::-1])
+    assert to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel)).shape == (
+        6,
+        5,
+    )
+
+
+def test_parameters_without_factors_take_the_rule_of_adamw():
+    """Compared with Keras' own AdamW on the same embedding."""
+    ids = np.array([[0, 1], [2, 1], [3, 3], [1, 0]])
+    y = np.random.default_rng(0).normal(size=(4, 2)).astype("float32")
+
+    class Table(keras.layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(5, 3), name="table")
+
+        def call(self, ids):
+            return ops.mean(ops.take(self.table, ids, axis=0), axis=1)
+
+    def run(make_optimizer):
+        keras.utils.set_random_seed(0)
+        table, frozen = Table(), keras.layers.Dense(2)
+        model = keras.Sequential([keras.Input((2,), dtype="int32"), table, frozen])
+        optimizer = make_optimizer()
+        model.compile(optimizer, loss="mse")
+        dense = frozen.get_weights()
+        for _ in range(6):
+            model.train_on_batch(ids, y)
+            frozen.set_weights(dense)
+        return weights(table)
+
+    ours = run(
+        lambda: keras_adafisher.AdaFisher(
+            1e-2, beta=0.8, weight_decay=0.1, adam_beta_2=0.99, adam_epsilon=1e-5
+        )
+    )
+    adamw = run(
+        lambda: keras.optimizers.AdamW(
+            1e-2, beta_1=0.8, beta_2=0.99, weight_decay=0.1, epsilon=1e-5
+        )
+    )
+    assert_close(ours, adamw, 1e-6)
+
+
+def test_adafisherw_is_adafisher_with_weight_decay():
+    x, y = data()
+
+    def run(optimizer):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, batch_size=16, verbose=0)
+        return weights(model)
+
+    assert_same(
+        run(keras_adafisher.AdaFisherW()),
+        run(keras_adafisher.AdaFisher(weight_decay=0.01)),
+    )
+
+
+def test_weight_decay_leaves_out_what_is_excluded():
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisherW(learning_rate=0.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer, loss=cross_entropy())
+    model.set_weights([np.ones(w.shape) for w in model.get_weights()])
+    model.train_on_batch(x, y)
+    assert_same(weights(model), [np.ones(w.shape) for w in model.weights])
+
+
+def test_no_momentum_is_kept_for_a_probe_and_no_second_one_anywhere():
+    """State: one slot per parameter, two small vectors per layer."""
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    parameters = model.count_params()
+    # Dense 6-5-3: H, S and the factor of the bias' input.
+    factors = (6 + 5 + 1) + (5 + 3 + 1)
+    iteration_and_rate = 2
+    total = sum(int(np.prod(v.shape)) for v in model.optimizer.variables)
+    assert total == parameters + factors + iteration_and_rate
+
+
+@pytest.mark.parametrize(
+    "clip", [{"clipnorm": 1e-3}, {"clipvalue": 1e-4}, {"global_clipnorm": 1e-3}]
+)
+def test_clipping_does_not_see_the_probes(clip, rng):
+    """The factors are those without clipping, the step is the clipped one."""
+    x, r = 10 * rng.normal(size=(2, 5, 3)).astype("float32")
+
+    def run(**arguments):
+        layer = keras.layers.Dense(3)
+        model = keras.Sequential([keras.Input((3,)), layer])
+        layer.set_weights([np.zeros((3, 3)), np.zeros(3)])
+        optimizer = keras_adafisher.AdaFisher(beta=0.0, **arguments)
+        model.compile(optimizer, loss=product_loss)
+        model.train_on_batch(x, r)
+        fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in layer.weights]
+        return fisher, weights(layer)
+
+    plain_fisher, plain = run()
+    fisher, clipped = run(**clip)
+    assert_same(fisher, plain_fisher)
+    # step * fisher / rate is the gradient that was used.
+    gradients = [-w * f / 1e-3 for w, f in zip(plain, fisher, strict=True)]
+    used = [-w * f / 1e-3 for w, f in zip(clipped, fisher, strict=True)]
+    if "clipvalue" in clip:
+        expected = [np.clip(g, -1e-4, 1e-4) for g in gradients]
+    elif "clipnorm" in clip:
+        expected = [g * 1e-3 / np.linalg.norm(g) for g in gradients]
+    else:
+        norm = np.sqrt(sum(np.sum(g**2) for g in gradients))
+        expected = [g * 1e-3 / norm for g in gradients]
+    assert_close(used, expected, 1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_accumulated_gradients_are_those_of_the_larger_batch(steps, epsilon):
+    x, y = data(examples=24)
+    arguments = {"factor_update_steps": 2, "epsilon": epsilon}
+
+    def run(batch_size, **more):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisher(**arguments, **more)
+        model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0)
+        fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+        return weights(model), fisher
+
+    expected, expected_fisher = run(12)
+    actual, fisher = run(12 // steps, gradient_accumulation_steps=steps)
+    assert_close(actual, expected, 1e-6)
+    assert_close(fisher, expected_fisher, 1e-6)
+
+
+def test_a_fixed_loss_scale_changes_nothing():
+    x, y = data()
+
+    def run(**arguments):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisher(epsilon=1e-6, **arguments)
+        model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+        return weights(model)
+
+    assert_close(run(loss_scale_factor=64.0), run(), 1e-6)
+
+
+def test_a_step_that_the_loss_scale_optimizer_skips_changes_nothing():
+    x, y = data()
+    model = mlp()
+    inner = keras_adafisher.AdaFisher(factor_update_steps=2)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    model.compile(optimizer, loss=cross_entropy())
+
+    def fisher():
+        return [to_numpy(inner.fisher_diagonal(v)) for v in model.weights]
+
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    before = weights(model), fisher()
+    # Step 2 would measure. It isn't lost.
+    model.train_on_batch(np.full_like(x, np.inf), y)
+    assert int(to_numpy(inner.iterations)) == 2
+    assert_same(weights(model), before[0])
+    assert_same(fisher(), before[1])
+    model.train_on_batch(x, y)
+    assert int(to_numpy(inner.iterations)) == 3
+    assert not np.allclose(fisher()[0], before[1][0])
+
+
+@pytest.mark.parametrize("overwrite", [None, 2])
+def test_exponential_moving_averages(overwrite):
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher(
+        factor_update_steps=2,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=overwrite,
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    trajectory = []
+    average = None
+    for t in range(5):
+        model.train_on_batch(x, y)
+        trajectory.append(weights(model))
+        if overwrite is None:
+            average = (
+                trajectory[0]
+                if t == 0
+                else [
+                    0.5 * a + 0.5 * w
+                    for a, w in zip(average, trajectory[-1], strict=True)
+                ]
+            )
+    assert len({w[0].tobytes() for w in trajectory}) == 5
+    if overwrite is None:
+        optimizer.finalize_variable_values(model.trainable_variables)
+        assert_close(weights(model), average, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_batch_with_nan_or_inf_leaves_the_factors_alone(bad):
+    x, y = image_data(examples=16)
+    model = cnn()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    model.compile(optimizer, loss=cross_entropy())
+    parameters = [w for w in model.weights if w.trainable]
+    model.train_on_batch(x, y)
+    before = [to_numpy(optimizer.fisher_diagonal(v)) for v in parameters]
+    x[0, 0, 0, 0] = bad
+    model.train_on_batch(x, y)
+    after = [to_numpy(optimizer.fisher_diagonal(v)) for v in parameters]
+    assert_same(after, before)
+
+
+def test_an_empty_batch_and_a_batch_of_zeros(rng):
+    model, layer, _ = linear(rng)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    model.compile(optimizer, loss=product_loss)
+    model.train_on_batch(np.zeros((5, 4)), np.zeros((5, 3)))
+    fisher = to_numpy(optimizer.fisher_diagonal(layer.kernel))
+    assert np.all(np.isfinite(fisher))
+    assert np.all(fisher >= optimizer.damping)
+    assert all(np.all(np.isfinite(w)) for w in layer.get_weights())
+
+
+def test_learning_rate_schedules_and_assignment():
+    x, y = data()
+    model = mlp()
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [1e-3, 0.0])
+    model.compile(keras_adafisher.AdaFisher(schedule), loss=cross_entropy())
+    start = weights(model)
+    model.train_on_batch(x, y)
+    model.train_on_batch(x, y)
+    moved = weights(model)
+    assert not np.array_equal(moved[0], start[0])
+    model.train_on_batch(x, y)
+    assert_same(weights(model), moved)
+
+    model.compile(keras_adafisher.AdaFisher(1e-3), loss=cross_entropy())
+    model.optimizer.learning_rate = 0.0
+    model.train_on_batch(x, y)
+    assert_same(weights(model), moved)
+
+
+def test_mixed_float16_trains_with_a_loss_scale():
+    x, y = data()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = mlp()
+        model.compile(
+            keras_adafisher.AdaFisher(factor_update_steps=2),
+            loss=cross_entropy(),
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    history = model.fit(x, y, batch_size=16, epochs=8, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+def test_the_same_seed_gives_the_same_weights():
+    x, y = image_data()
+
+    def run():
+        keras.utils.set_random_seed(7)
+        model = cnn()
+        model.compile(
+            keras_adafisher.AdaFisher(factor_update_steps=2),
+            loss=cross_entropy(),
+        )
+        model.fit(x, y, batch_size=16, epochs=2, verbose=0)
+        return weights(model)
+
+    assert_same(run(), run())
+
+
+def test_config_round_trip():
+    optimizer = keras_adafisher.AdaFisher(
+        learning_rate=keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9),
+        beta=0.8,
+        damping=0.5,
+        gamma_1=0.3,
+        gamma_2=0.4,
+        factor_update_steps=7,
+        epsilon=1e-6,
+        adam_beta_2=0.9,
+        adam_epsilon=1e-5,
+        weight_decay=0.1,
+        global_clipnorm=1.0,
+        use_ema=True,
+        ema_momentum=0.9,
+        ema_overwrite_frequency=3,
+        gradient_accumulation_steps=2,
+        name="second_order",
+    )
+    config = keras.optimizers.serialize(optimizer)
+    assert config["registered_name"] == "keras_adafisher>AdaFisher"
+    copy = keras.optimizers.deserialize(config)
+    assert copy.get_config() == optimizer.get_config()
+    for name, value in copy.get_config().items():
+        if name != "learning_rate":
+            assert getattr(copy, name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("adafisher", keras_adafisher.AdaFisher),
+        ("AdaFisher", keras_adafisher.AdaFisher),
+        ("adafisherw", keras_adafisher.AdaFisherW),
+    ],
+)
+def test_optimizers_are_found_by_name(name, cls):
+    assert type(keras.optimizers.get(name)) is cls
+
+
+def test_defaults_are_those_of_the_paper():
+    config = keras_adafisher.AdaFisher().get_config()
+    defaults = {
+        "name": "adafisher",
+        "beta": 0.9,
+        "damping": 1e-3,
+        "gamma_1": 0.92,
+        "gamma_2": 0.008,
+        "factor_update_steps": 100,
+        "epsilon": 0.0,
+        "weight_decay": None,
+    }
+    assert {name: config[name] for name in defaults} == defaults
+    np.testing.assert_allclose(config["learning_rate"], 1e-3)
+    assert keras_adafisher.AdaFisherW().weight_decay == 0.01
+
+
+WRONG = [
+    ("learning_rate", [-1e-3, float("nan")], "must be a float >= 0"),
+    ("beta", [-0.1, 1.0, "0.9", None, True], r"must be a float in the range"),
+    ("gamma_1", [-0.1, 1.0, 1.5, None], r"must be a float in the range"),
+    ("gamma_2", [-0.1, 1.0, "a", None], r"must be a float in the range"),
+    ("adam_beta_2", [-0.1, 1.0], r"must be a float in the range"),
+    ("damping", [0.0, -1.0, None, float("inf")], "must be a float > 0"),
+    ("epsilon", [-1e-9, None, "1e-6"], "must be a float >= 0"),
+    ("adam_epsilon", [-1e-9], "must be a float >= 0"),
+    ("factor_update_steps", [0, -1, 2.5, 1.0, None, True], "an integer >= 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        (argument, value, allowed)
+        for argument, values, allowed in WRONG
+        for value in values
+    ],
+)
+def test_arguments_out_of_range(argument, value, allowed):
+    message = f"Argument `{argument}` .*{allowed}.* Received: {argument}={value}"
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        keras_adafisher.AdaFisher(**{argument: value})
+
+
+def test_what_keras_checks_itself():
+    with pytest.raises(ValueError, match="`learning_rate` should be float"):
+        keras_adafisher.AdaFisher("fast")
+    with pytest.raises(ValueError, match="Only one of `clipnorm`"):
+        keras_adafisher.AdaFisher(clipnorm=1.0, clipvalue=1.0)
+    with pytest.raises(ValueError, match="not recognized"):
+        keras_adafisher.AdaFisher(momentum=0.9)
+    with pytest.raises(ValueError, match="`weight_decay` must be a float"):
+        keras_adafisher.AdaFisherW(weight_decay=None)
+
+
+def test_variables_of_a_model_that_is_not_wrapped_are_refused():
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher()
+    with pytest.raises(ValueError, match=r"call `keras_adafisher.wrap\(model\)`"):
+        optimizer.build(model.trainable_variables)
+    assert not optimizer.built
+    keras_adafisher.wrap(model)
+    # The wrapped model's own weights, without the probes.
+    with pytest.raises(ValueError, match="pass `model.trainable_variables`"):
+        optimizer.build(model.weights)
+    optimizer.build(model.trainable_variables)
+    assert optimizer.built
+
+
+def test_a_model_in_which_nothing_can_be_factored_is_refused():
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), name="scale")
+
+        def call(self, x):
+            return x * self.scale
+
+    model = keras.Sequential([keras.Input((4,)), Scale()])
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    with pytest.raises(ValueError, match="use `keras.optimizers.AdamW`"):
+        model.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)
+
+
+def test_fisher_diagonal_of_a_variable_without_one():
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    optimizer = model.optimizer
+    kernel = model.layers[0].kernel
+    with pytest.raises(ValueError, match="Argument `variable` must be"):
+        optimizer.fisher_diagonal(kernel)
+    optimizer.build(model.trainable_variables)
+    optimizer.fisher_diagonal(kernel)
+    for wrong in (mlp().layers[0].kernel, optimizer.iterations):
+        with pytest.raises(ValueError, match="Argument `variable` must be"):
+            optimizer.fisher_diagonal(wrong)
+
+
+def test_errors_of_apply_are_keras_own():
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    with pytest.raises(ValueError, match="must already be built"):
+        optimizer.apply([ops.zeros(())])
+    optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="gradients must match"):
+        optimizer.apply([ops.zeros(())])
+    stranger = keras.Variable(np.zeros(3, "float32"))
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer.apply([ops.zeros((3,))], [stranger])
+    optimizer.apply([])
+
+
+def test_steps_that_do_not_measure_keep_the_factors():
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=3)
+    model.compile(optimizer, loss=cross_entropy())
+    seen = []
+    for _ in range(7):
+        model.train_on_batch(x, y)
+        seen.append(to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel)))
+    changed = [
+        not np.array_equal(a, b) for a, b in itertools.pairwise(seen)
+    ]
+    assert changed == [False, False, True, False, False, True]

@@ -1,0 +1,194 @@
+import keras
+import numpy as np
+import pytest
+
+import keras_adafisher
+from keras_adafisher.probe import probe_of
+from models import assert_same
+from models import cnn
+from models import cross_entropy
+from models import data
+from models import image_data
+from models import mlp
+from models import weights
+
+
+def probes(model):
+    return [v for v in model.trainable_variables if probe_of(v) is not None]
+
+
+class Attention(keras.layers.Layer):
+    """A layer that makes a sub-layer in `build`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = keras.layers.LayerNormalization()
+
+    def build(self, shape):
+        self.normalization.build(shape)
+        self.dense = keras.layers.Dense(shape[-1], activation="relu")
+        self.dense.build(shape)
+
+    def call(self, x):
+        return x + self.dense(self.normalization(x))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(5, activation="tanh")
+        self.block = Attention()
+        self.batch = keras.layers.BatchNormalization()
+        self.out = keras.layers.Dense(3)
+
+    def call(self, x, training=None):
+        x = self.block(self.hidden(x))
+        return self.out(self.batch(x, training=training))
+
+
+def nested():
+    inner = mlp(6, 4)
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, keras.layers.Dense(3)(inner(inputs)))
+
+
+def lazy():
+    return keras.Sequential(
+        [
+            keras.layers.Dense(5, activation="relu"),
+            Attention(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_model", "layers"),
+    [(mlp, 2), (nested, 3), (lazy, 4), (Subclassed, 5)],
+)
+def test_every_kind_of_model_is_wrapped_by_compile(make_model, layers):
+    """Functional, nested, not yet built, and made in `build`."""
+    x, y = data()
+    model = make_model()
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    history = model.fit(x, y, batch_size=16, epochs=4, verbose=0)
+    assert len(probes(model)) == 3 * layers
+    assert keras_adafisher.coverage(model).factored_fraction == 1.0
+    assert history.history["loss"][-1] < history.history["loss"][0]
+
+
+def test_wrapping_twice_changes_nothing():
+    model = cnn()
+    keras_adafisher.wrap(model)
+    before = [id(v) for v in model.trainable_variables]
+    keras_adafisher.wrap(model)
+    for layer in model.layers:
+        keras_adafisher.wrap(layer)
+    assert [id(v) for v in model.trainable_variables] == before
+    assert len(probes(model)) == 3 * 4
+
+
+def test_unwrapping_restores_the_model():
+    x, _ = image_data()
+    model = cnn()
+    plain = model.predict(x, verbose=0)
+    variables = [id(v) for v in model.variables]
+    attributes = [set(vars(layer)) for layer in model.layers]
+    saved = [set(dir(layer)) for layer in model.layers]
+    keras_adafisher.wrap(model)
+    assert len(model.variables) > len(variables)
+    keras_adafisher.unwrap(model)
+    assert [id(v) for v in model.variables] == variables
+    assert [id(v) for v in model.trainable_weights] == [
+        id(v) for v in model.trainable_variables
+    ]
+    for layer, names, all_names in zip(
+        model.layers, attributes, saved, strict=True
+    ):
+        assert set(vars(layer)) - names <= {"_torch_params"}
+        assert set(dir(layer)) - all_names <= {"_torch_params"}
+        assert layer.call.__func__ is type(layer).call
+    keras_adafisher.unwrap(model)
+    assert_same([model.predict(x, verbose=0)], [plain])
+
+
+def test_unwrapping_before_the_model_is_built():
+    model = lazy()
+    keras_adafisher.wrap(model)
+    keras_adafisher.unwrap(model)
+    model.build((None, 6))
+    assert probes(model) == []
+
+
+def test_only_what_trains_is_captured():
+    x, y = data()
+    model = mlp()
+    model.layers[0].trainable = False
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    assert len(probes(model)) == 3
+    frozen = weights(model.layers[0])
+    model.fit(x, y, batch_size=16, verbose=0)
+    assert_same(weights(model.layers[0]), frozen)
+
+    model.layers[0].trainable = True
+    model.layers[1].trainable = False
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    assert len(probes(model)) == 3
+    frozen = weights(model.layers[1])
+    model.fit(x, y, batch_size=16, verbose=0)
+    assert_same(weights(model.layers[1]), frozen)
+    model.optimizer.fisher_diagonal(model.layers[0].kernel)
+
+
+def test_weights_pass_between_a_wrapped_and_a_plain_model():
+    wrapped, plain = cnn(), cnn()
+    keras_adafisher.wrap(wrapped)
+    plain.set_weights(wrapped.get_weights())
+    assert_same(weights(plain), weights(wrapped))
+    rng = np.random.default_rng(0)
+    values = [rng.uniform(size=w.shape) for w in plain.get_weights()]
+    wrapped.set_weights(values)
+    plain.set_weights(values)
+    assert_same(weights(plain), weights(wrapped))
+    assert wrapped.count_params() == plain.count_params()
+
+
+def test_config_and_signature_stay_as_they_are():
+    model = mlp()
+    config = model.get_config()
+    keras_adafisher.wrap(model)
+    assert model.get_config() == config
+    assert probes(keras.models.clone_model(model)) == []
+
+
+def test_paths_of_variables_do_not_repeat():
+    """Also where layers of the same name sit in different parents."""
+    inputs = keras.Input((6,))
+    x = Attention(name="first")(inputs)
+    x = Attention(name="second")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    keras_adafisher.wrap(model)
+    paths = [v.path for v in model.variables]
+    assert len(set(paths)) == len(paths)
+
+
+def test_a_layer_whose_call_was_replaced_is_left_alone():
+    model = mlp()
+    layer = model.layers[0]
+    original = layer.call
+    layer.call = lambda inputs: 2 * original(inputs)
+    keras_adafisher.wrap(model)
+    assert len(probes(model)) == 3
+    row = keras_adafisher.coverage(model).rows[0]
+    assert row.reason == f"the `call` of {layer.name} was replaced"
+
+
+@pytest.mark.parametrize("function", ["wrap", "unwrap", "coverage"])
+@pytest.mark.parametrize("wrong", [None, "model", keras.layers.Dense, [1]])
+def test_what_is_no_layer_is_refused(function, wrong):
+    with pytest.raises(
+        TypeError,
+        match=f"Argument `target` of `{function}` must be a `keras.Model` or "
+        "a `keras.layers.Layer`. Received: target=",
+    ):
+        getattr(keras_adafisher, function)(wrong)
