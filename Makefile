@@ -5,6 +5,8 @@ BACKEND ?= jax
 BACKENDS := jax tensorflow torch
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes per backend, one after the other: `PYTEST_ARGS=` for one.
+PYTEST_ARGS ?= --numprocesses 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -19,7 +21,7 @@ test: $(addprefix test-,$(BACKENDS))
 
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
 	@echo "== Tests with the $* backend"
-	@KERAS_BACKEND=$* $(BIN)/python -m pytest $(PYTEST_ARGS) \
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
 	  || { echo "== FAILED with the $* backend"; exit 1; }
 
 lint: $(VENV)/.lint

@@ -26,8 +26,6 @@ if BACKEND == "tensorflow":
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
 
-_REPORT = pytest.StashKey()
-
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
@@ -40,15 +38,17 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(scope="session")
-def report(request):
-    """A list of lines that are printed after the last test."""
-    return request.config.stash.setdefault(_REPORT, [])
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    lines = config.stash.get(_REPORT, [])
-    if lines:
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests recorded with `record_property("figure", text)`."""
+    figures = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
         terminalreporter.section(f"figures ({BACKEND})")
-        for line in lines:
-            terminalreporter.line(line)
+        for figure in figures:
+            terminalreporter.line(figure)

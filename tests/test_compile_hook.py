@@ -2,12 +2,12 @@ import inspect
 
 import keras
 import pytest
-
-import keras_adafisher
-from keras_adafisher.probe import probe_of
 from models import cross_entropy
 from models import data
 from models import mlp
+
+import keras_adafisher
+from keras_adafisher.probe import probe_of
 
 
 def is_wrapped(model):

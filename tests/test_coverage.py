@@ -1,9 +1,9 @@
 import keras
 import pytest
+from models import cnn
 
 import keras_adafisher
 from keras_adafisher.probe import probe_of
-from models import cnn
 
 
 def small():

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from keras import ops
-
 import reference
-from keras_adafisher import factors
+from keras import ops
 from models import to_numpy
+
+from keras_adafisher import factors
 
 
 def tensor(values):

@@ -93,7 +93,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("tag", CASES)
-def test_weights_and_factors_follow_the_official_code(tag, report):
+def test_weights_and_factors_follow_the_official_code(tag, record_property):
     make_model, optimizer_class, arguments = CASES[tag]
     model = make_model()
     count = len(model.get_weights())
@@ -105,6 +105,7 @@ def test_weights_and_factors_follow_the_official_code(tag, report):
     recorded = []
     steps = zip(GOLDEN[f"{tag}/x"], GOLDEN[f"{tag}/y"], strict=True)
     for step, (x, y) in enumerate(steps, start=1):
+        model.reset_metrics()
         loss = model.train_on_batch(x, y)
         golden_loss = GOLDEN[f"{tag}/loss"][step - 1]
         np.testing.assert_allclose(loss, golden_loss, rtol=1e-5)
@@ -118,9 +119,10 @@ def test_weights_and_factors_follow_the_official_code(tag, report):
             fisher = to_numpy(optimizer.fisher_diagonal(parameter))
             error = relative_error(fisher, golden + optimizer.damping)
             worst_factor = max(worst_factor, error)
-    report.append(
+    record_property(
+        "figure",
         f"{tag}: largest relative error to the official code "
-        f"{worst_weight:.1e} (weights), {worst_factor:.1e} (Fisher diagonal)"
+        f"{worst_weight:.1e} (weights), {worst_factor:.1e} (Fisher diagonal)",
     )
     assert recorded == [1, 2, 5, 10, 20, 30]
     assert worst_weight <= TOLERANCE

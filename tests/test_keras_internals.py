@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
 from models import mlp
+
 
 @pytest.fixture
 def layer():

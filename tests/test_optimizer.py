@@ -3,10 +3,8 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from keras import ops
-
-import keras_adafisher
 import reference
+from keras import ops
 from models import assert_close
 from models import assert_same
 from models import cnn
@@ -17,6 +15,8 @@ from models import mlp
 from models import product_loss
 from models import to_numpy
 from models import weights
+
+import keras_adafisher
 
 
 def linear(rng, inputs=4, outputs=3):
@@ -93,7 +93,9 @@ def test_the_order_of_the_trainable_variables_does_not_matter():
     keras_adafisher.wrap(model)
     optimizer = keras_adafisher.AdaFisher()
     optimizer.build(model.trainable_variables[::-1])
-    assert to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel)).shape == (
+    assert to_numpy(
+        optimizer.fisher_diagonal(model.layers[0].kernel)
+    ).shape == (
         6,
         5,
     )
@@ -114,7 +116,9 @@ def test_parameters_without_factors_take_the_rule_of_adamw():
     def run(make_optimizer):
         keras.utils.set_random_seed(0)
         table, frozen = Table(), keras.layers.Dense(2)
-        model = keras.Sequential([keras.Input((2,), dtype="int32"), table, frozen])
+        model = keras.Sequential(
+            [keras.Input((2,), dtype="int32"), table, frozen]
+        )
         optimizer = make_optimizer()
         model.compile(optimizer, loss="mse")
         dense = frozen.get_weights()
@@ -125,7 +129,11 @@ def test_parameters_without_factors_take_the_rule_of_adamw():
 
     ours = run(
         lambda: keras_adafisher.AdaFisher(
-            1e-2, beta=0.8, weight_decay=0.1, adam_beta_2=0.99, adam_epsilon=1e-5
+            1e-2,
+            beta=0.8,
+            weight_decay=0.1,
+            adam_beta_2=0.99,
+            adam_epsilon=1e-5,
         )
     )
     adamw = run(
@@ -220,7 +228,9 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(steps, epsilon):
         model = mlp()
         optimizer = keras_adafisher.AdaFisher(**arguments, **more)
         model.compile(optimizer, loss=cross_entropy())
-        model.fit(x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0)
+        model.fit(
+            x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0
+        )
         fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
         return weights(model), fisher
 
@@ -327,7 +337,9 @@ def test_an_empty_batch_and_a_batch_of_zeros(rng):
 def test_learning_rate_schedules_and_assignment():
     x, y = data()
     model = mlp()
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1], [1e-3, 0.0])
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [1], [1e-3, 0.0]
+    )
     model.compile(keras_adafisher.AdaFisher(schedule), loss=cross_entropy())
     start = weights(model)
     model.train_on_batch(x, y)
@@ -455,7 +467,9 @@ WRONG = [
     ],
 )
 def test_arguments_out_of_range(argument, value, allowed):
-    message = f"Argument `{argument}` .*{allowed}.* Received: {argument}={value}"
+    message = (
+        f"Argument `{argument}` .*{allowed}.* Received: {argument}={value}"
+    )
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         keras_adafisher.AdaFisher(**{argument: value})
 
@@ -474,7 +488,9 @@ def test_what_keras_checks_itself():
 def test_variables_of_a_model_that_is_not_wrapped_are_refused():
     model = mlp()
     optimizer = keras_adafisher.AdaFisher()
-    with pytest.raises(ValueError, match=r"call `keras_adafisher.wrap\(model\)`"):
+    with pytest.raises(
+        ValueError, match=r"call `keras_adafisher.wrap\(model\)`"
+    ):
         optimizer.build(model.trainable_variables)
     assert not optimizer.built
     keras_adafisher.wrap(model)
@@ -537,7 +553,5 @@ def test_steps_that_do_not_measure_keep_the_factors():
     for _ in range(7):
         model.train_on_batch(x, y)
         seen.append(to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel)))
-    changed = [
-        not np.array_equal(a, b) for a, b in itertools.pairwise(seen)
-    ]
+    changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(seen)]
     assert changed == [False, False, True, False, False, True]

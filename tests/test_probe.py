@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from models import to_numpy
 
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import tap
 from keras_adafisher.wrappers import DenseBlock
-from models import to_numpy
 
 
 class Owner(keras.layers.Layer):
@@ -24,9 +24,7 @@ class Owner(keras.layers.Layer):
         self.built = True
 
     def call(self, *inputs):
-        return [
-            tap(ops.matmul(x, self.kernel), x, self.probe) for x in inputs
-        ]
+        return [tap(ops.matmul(x, self.kernel), x, self.probe) for x in inputs]
 
 
 def gradients(owner, inputs, cotangents, model=None):

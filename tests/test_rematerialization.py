@@ -5,12 +5,12 @@ There, Keras' rematerialization fails in a plain layer's training step, too.
 
 import keras
 import numpy as np
-
-import keras_adafisher
 from models import assert_close
 from models import cross_entropy
 from models import data
 from models import weights
+
+import keras_adafisher
 
 
 def test_rematerialized_layers_train_like_others():

@@ -5,13 +5,13 @@ import h5py
 import keras
 import numpy as np
 import pytest
-
-import keras_adafisher
 from models import assert_same
 from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import weights
+
+import keras_adafisher
 
 STEPS = 7
 

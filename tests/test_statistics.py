@@ -2,11 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
-from keras import ops
-
 import reference
-from keras_adafisher import statistics
+from keras import ops
 from models import to_numpy
+
+from keras_adafisher import statistics
 
 
 def test_mean_square_by_hand():

@@ -7,11 +7,11 @@ their calls shows on a CPU what would happen on a GPU.
 import keras
 import pytest
 import torch
-
-import keras_adafisher
 from models import cnn
 from models import cross_entropy
 from models import image_data
+
+import keras_adafisher
 
 WAITS = ("__bool__", "__int__", "__float__", "__index__", "item", "numpy")
 

@@ -1,9 +1,6 @@
 import keras
 import numpy as np
 import pytest
-
-import keras_adafisher
-from keras_adafisher.probe import probe_of
 from models import assert_same
 from models import cnn
 from models import cross_entropy
@@ -11,6 +8,9 @@ from models import data
 from models import image_data
 from models import mlp
 from models import weights
+
+import keras_adafisher
+from keras_adafisher.probe import probe_of
 
 
 def probes(model):

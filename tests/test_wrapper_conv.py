@@ -1,14 +1,14 @@
 import keras
 import numpy as np
 import pytest
-from keras import ops
-
-import keras_adafisher
 import reference
-from keras_adafisher.wrappers import ConvBlock
+from keras import ops
 from models import assert_same
 from models import product_loss
 from models import to_numpy
+
+import keras_adafisher
+from keras_adafisher.wrappers import ConvBlock
 
 CASES = {
     "valid": {},

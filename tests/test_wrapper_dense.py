@@ -1,12 +1,12 @@
 import keras
 import numpy as np
 import pytest
-
-import keras_adafisher
 import reference
 from models import assert_same
 from models import product_loss
 from models import to_numpy
+
+import keras_adafisher
 
 GAMMAS = {"gamma_1": 0.9, "gamma_2": 0.1}
 
@@ -63,7 +63,9 @@ def test_the_gradient_is_taken_before_the_activation(rng):
 def test_a_layer_that_is_called_twice_averages_its_calls(rng):
     layer = keras.layers.Dense(3)
     a, b = keras.Input((4,)), keras.Input((4,))
-    model = keras.Model([a, b], keras.layers.Concatenate()([layer(a), layer(b)]))
+    model = keras.Model(
+        [a, b], keras.layers.Concatenate()([layer(a), layer(b)])
+    )
     x1, x2 = rng.normal(size=(2, 5, 4)).astype("float32")
     r = rng.normal(size=(5, 6)).astype("float32")
     optimizer = train_once(model, [x1, x2], r)

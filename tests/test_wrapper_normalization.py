@@ -1,12 +1,12 @@
 import keras
 import numpy as np
 import pytest
-
-import keras_adafisher
 import reference
 from models import assert_same
 from models import product_loss
 from models import to_numpy
+
+import keras_adafisher
 
 
 def train_once(layer, x, r, epsilon=0.0):
