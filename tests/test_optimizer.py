@@ -495,7 +495,7 @@ def test_variables_of_a_model_that_is_not_wrapped_are_refused():
     assert not optimizer.built
     keras_adafisher.wrap(model)
     # The wrapped model's own weights, without the probes.
-    with pytest.raises(ValueError, match="pass `model.trainable_variables`"):
+    with pytest.raises(ValueError, match=r"pass `model\.trainable_variables`"):
         optimizer.build(model.weights)
     optimizer.build(model.trainable_variables)
     assert optimizer.built
@@ -511,7 +511,7 @@ def test_a_model_in_which_nothing_can_be_factored_is_refused():
 
     model = keras.Sequential([keras.Input((4,)), Scale()])
     model.compile(keras_adafisher.AdaFisher(), loss="mse")
-    with pytest.raises(ValueError, match="use `keras.optimizers.AdamW`"):
+    with pytest.raises(ValueError, match=r"use `keras\.optimizers\.AdamW`"):
         model.fit(np.ones((4, 4)), np.ones((4, 4)), verbose=0)
 
 
