@@ -11,6 +11,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
+# The tests' tensors are too small to be worth more than one thread each.
+test-%: export OMP_NUM_THREADS ?= 1
+test-%: export TF_NUM_INTRAOP_THREADS ?= 1
+
 .PHONY: demo test lint format clean $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)

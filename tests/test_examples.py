@@ -23,12 +23,12 @@ def run(script, *arguments):
 
 def test_digits(tmp_path):
     plot = tmp_path / "digits.png"
-    output = run("digits.py", "--epochs", "2", "--plot", str(plot))
+    output = run("digits.py", "--epochs", "1", "--plot", str(plot))
     # Progress bars, the coverage, and the table with a row per optimizer.
-    assert output.count("Epoch 2/2") == 2
+    assert output.count("val_accuracy:") == 2
     assert "Kronecker factors for 100.00%" in output
     rows = [line for line in output.splitlines() if "%" in line and "│" in line]
     assert [row.split("│")[1].strip() for row in rows] == ["Adam", "AdaFisher"]
     accuracies = [float(row.split("│")[2].strip(" %")) for row in rows]
-    assert min(accuracies) > 50
+    assert min(accuracies) > 20
     assert plot.stat().st_size > 10_000
