@@ -17,7 +17,51 @@ def mean_square(x, axis):
     Returns:
         Float32 tensor: `x`'s shape without these axes.
     """
-    return ops.mean(ops.square(ops.cast(x, "float32")), axis=axis)
+    x = ops.square(ops.cast(x, "float32"))
+    # For PyTorch, no axes are all axes.
+    return x if axis == () else ops.mean(x, axis=axis)
+
+
+def channel_mean_square(x, channels_first=False):
+    """Mean of the squared entries of `x` over all axes but its channels.
+
+    Args:
+        x: Tensor of shape `(batch, *positions, channels)`, or
+            `(batch, channels, *positions)`.
+        channels_first: Bool.
+
+    Returns:
+        Float32 tensor of shape `(channels,)`.
+    """
+    axes = list(range(len(x.shape)))
+    axes.pop(1 if channels_first else -1)
+    return mean_square(x, axis=tuple(axes))
+
+
+def patch_mean_square(
+    x, kernel_size, strides, dilation_rate, padding, channels_first=False
+):
+    """Mean square of what each kernel tap of a convolution sees.
+
+    Args:
+        x: Tensor, the input of a convolution of any rank.
+        kernel_size, strides, dilation_rate: Tuples of ints, one entry per
+            spatial axis.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        channels_first: Bool.
+
+    Returns:
+        Float32 tensor of shape `(*kernel_size, channels)`: means over batch
+        and output positions, zeros of the padding included.
+    """
+    # The batch first: everything after it works on one small map.
+    x = mean_square(x, axis=(0,))
+    if channels_first:
+        x = ops.moveaxis(x, 0, -1)
+    windows = zip(kernel_size, strides, dilation_rate, strict=True)
+    for axis, (size, stride, dilation) in enumerate(windows):
+        x = window_mean(x, axis, size, stride, dilation, padding)
+    return x
 
 
 def window_mean(x, axis, kernel_size, stride, dilation, padding):

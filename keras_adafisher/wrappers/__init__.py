@@ -5,6 +5,7 @@ from keras_adafisher.wrappers.base import wrapper_of
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
 from keras_adafisher.wrappers.dense import DenseBlock
+from keras_adafisher.wrappers.einsum import EinsumBlock
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -13,6 +14,7 @@ __all__ = [
     "Block",
     "ConvBlock",
     "DenseBlock",
+    "EinsumBlock",
     "LayerWrapper",
     "ScaleBlock",
     "find_wrapper",
