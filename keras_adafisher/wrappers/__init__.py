@@ -6,6 +6,8 @@ from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
 from keras_adafisher.wrappers.dense import DenseBlock
 from keras_adafisher.wrappers.einsum import EinsumBlock
+from keras_adafisher.wrappers.embedding import EmbeddingBlock
+from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -15,7 +17,9 @@ __all__ = [
     "ConvBlock",
     "DenseBlock",
     "EinsumBlock",
+    "EmbeddingBlock",
     "LayerWrapper",
+    "ReverseEmbeddingBlock",
     "ScaleBlock",
     "find_wrapper",
     "register_wrapper",

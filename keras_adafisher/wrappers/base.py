@@ -45,8 +45,9 @@ class LayerWrapper(keras.layers.Layer):
 
     Attributes:
         host: The layer.
-        blocks: List of `Block`s, what `make_blocks` returned.
-        probes: List of `Probe`s, one for each block.
+        blocks: List of the `Block`s with parameters.
+        probes: List of `Probe`s, one for each block that `make_blocks`
+            returned. `None` for those without parameters.
     """
 
     def __init__(self, host):
@@ -56,15 +57,19 @@ class LayerWrapper(keras.layers.Layer):
         super().__init__(name=f"{path}_adafisher", trainable=host.trainable)
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
-        self.blocks = [b for b in self.make_blocks() if b.parameters]
+        self._all_blocks = self.make_blocks()
+        self.blocks = [b for b in self._all_blocks if b.parameters]
         for block in self.blocks:
             _check_shapes(block, host)
         self.probes = []
 
     def build(self):
-        for index, block in enumerate(self.blocks):
-            with backend.creation_scope(block.parameters[0]):
-                self.probes.append(Probe(block, self.add_weight, index))
+        for index, block in enumerate(self._all_blocks):
+            probe = None
+            if block.parameters:
+                with backend.creation_scope(block.parameters[0]):
+                    probe = Probe(block, self.add_weight, index)
+            self.probes.append(probe)
 
     def make_blocks(self):
         """The Kronecker-factored blocks of the host.
@@ -72,7 +77,7 @@ class LayerWrapper(keras.layers.Layer):
         Called once, when the host is built.
 
         Returns:
-            A list of `Block`s. Those without parameters are left out.
+            A list of `Block`s. Those without parameters aren't measured.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `make_blocks()`."
@@ -94,12 +99,13 @@ class LayerWrapper(keras.layers.Layer):
         Args:
             z: The block's pre-activation.
             h: The activations that the block made `z` from.
-            block: Int, index into `blocks`.
+            block: Int, index into what `make_blocks` returned.
 
         Returns:
             `z`, unchanged.
         """
-        return tap(z, h, self.probes[block])
+        probe = self.probes[block]
+        return z if probe is None else tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
         """What the host's class computes."""
