@@ -9,6 +9,7 @@ from keras_adafisher.wrappers.einsum import EinsumBlock
 from keras_adafisher.wrappers.embedding import EmbeddingBlock
 from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
 from keras_adafisher.wrappers.normalization import ScaleBlock
+from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
 
@@ -21,6 +22,7 @@ __all__ = [
     "LayerWrapper",
     "ReverseEmbeddingBlock",
     "ScaleBlock",
+    "SlopeBlock",
     "find_wrapper",
     "register_wrapper",
     "wrapper_of",
