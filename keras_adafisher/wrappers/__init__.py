@@ -5,6 +5,7 @@ from keras_adafisher.wrappers.base import wrapper_of
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
 from keras_adafisher.wrappers.dense import DenseBlock
+from keras_adafisher.wrappers.depthwise import DepthwiseConvBlock
 from keras_adafisher.wrappers.einsum import EinsumBlock
 from keras_adafisher.wrappers.embedding import EmbeddingBlock
 from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
@@ -17,6 +18,7 @@ __all__ = [
     "Block",
     "ConvBlock",
     "DenseBlock",
+    "DepthwiseConvBlock",
     "EinsumBlock",
     "EmbeddingBlock",
     "LayerWrapper",
