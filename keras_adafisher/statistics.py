@@ -112,5 +112,44 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
     return ops.stack(taps, axis=axis)
 
 
+def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):
+    """Mean of what each tap of a transposed convolution reads along one axis.
+
+    A transposed convolution moves tap `i` of its kernel from each input
+    position `q` to the output position `q * stride + i * dilation - crop`, if
+    there is such an output. Seen from an output, the tap reads one input or
+    none, which counts as zero.
+
+    Args:
+        x: Float tensor of any shape.
+        axis: Int, the spatial axis.
+        kernel_size: Int, number of taps.
+        stride: Int.
+        dilation: Int.
+        extent: Int, the number of outputs that an input of size 1 has. An
+            input of size `n` has `(n - 1) * stride + extent`.
+
+    Returns:
+        `x` with `kernel_size` entries along `axis` instead of the positions:
+        means over the outputs.
+    """
+    outputs = (ops.shape(x)[axis] - 1) * stride + extent
+    # The taps of one input reach further than its outputs: what exceeds them
+    # is cut off, half of it (rounded down) in front.
+    reach = (kernel_size - 1) * dilation + 1
+    crop = max(reach - extent, 0) // 2
+
+    index = [slice(None)] * len(x.shape)
+    taps = []
+    for tap in range(kernel_size):
+        offset = tap * dilation - crop
+        # The inputs whose outputs `offset` would move past an end.
+        before = max(-(offset // stride), 0)
+        after = max(-((extent - 1 - offset) // stride), 0)
+        index[axis] = slice(before, -after or None)
+        taps.append(ops.sum(x[tuple(index)], axis=axis))
+    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
+
+
 def _at_least_zero(size):
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)

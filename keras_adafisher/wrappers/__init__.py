@@ -4,6 +4,7 @@ from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import wrapper_of
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
+from keras_adafisher.wrappers.conv_transpose import ConvTransposeBlock
 from keras_adafisher.wrappers.dense import DenseBlock
 from keras_adafisher.wrappers.depthwise import DepthwiseConvBlock
 from keras_adafisher.wrappers.einsum import EinsumBlock
@@ -17,6 +18,7 @@ from keras_adafisher.wrappers.registry import register_wrapper
 __all__ = [
     "Block",
     "ConvBlock",
+    "ConvTransposeBlock",
     "DenseBlock",
     "DepthwiseConvBlock",
     "EinsumBlock",
