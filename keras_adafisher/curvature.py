@@ -15,9 +15,11 @@ class Curvature:
 
     def __init__(self, probe, add_variable):
         self.probe = probe
-        self.block = probe.block
+        self.block = block = probe.block
         self._add_variable = add_variable
-        block = self.block
+        # Equal for the blocks of one weight.
+        self.key = id(block.parameters[0])
+        self.shares_weight = False
         self.activation = self._add_factor(
             probe.activation, block.activation_shape
         )
@@ -81,11 +83,16 @@ class Curvature:
             totals.append(total)
         return totals
 
-    def measured(self, answer, scale, gamma_1, gamma_2, epsilon):
+    def measured(self, answer, uses, scale, gamma_1, gamma_2, epsilon):
         """The values of `variables` after a measurement.
+
+        A weight that has several blocks may be used in one of its ways only:
+        a tied embedding that embeds, but isn't reversed. The blocks of the
+        other ways then measured zeros.
 
         Args:
             answer: The sums over the gradients of `probe.variables`.
+            uses: Number of answers that all blocks of the weight gave.
             scale: Float, what the loss was multiplied by.
             gamma_1, gamma_2, epsilon: See `AdaFisher`.
 
@@ -95,7 +102,7 @@ class Curvature:
         """
         calls, activation, gradient = answer
         is_usable = ops.logical_and(
-            calls > 0, factors.is_finite(activation, gradient)
+            uses > 0, factors.is_finite(activation, gradient)
         )
         calls = ops.maximum(calls, 1)
         activation, one = self.block.normalize_activation(

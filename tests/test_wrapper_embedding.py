@@ -175,6 +175,20 @@ def test_a_tied_embedding_has_the_sum_of_two_products(rng):
     assert row.factors == "H (7, 1) x S (3,) + H (1, 3) x S (7, 1)"
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_tied_embedding_may_be_used_in_one_direction_only(reverse, rng):
+    layer = keras.layers.ReversibleEmbedding(WORDS, SIZE)
+    x = rng.normal(size=(4, SIZE)).astype("float32") if reverse else IDS
+    model = layer_cases.model_of(layer, x, reverse=reverse)
+    s = layer_cases.train_once(model, x, rng)
+    if reverse:
+        used = layer_cases.linear_fisher(x, s)[0].T
+    else:
+        used, _ = layer_cases.linear_fisher(one_hot(x), s.reshape(-1, SIZE))
+    # The factors of the other direction have measured zeros.
+    layer_cases.assert_fisher(model, layer.embeddings, used + running(0.0) ** 2)
+
+
 def test_an_untied_embedding_has_a_kernel_for_the_way_back(rng):
     layer = keras.layers.ReversibleEmbedding(WORDS, SIZE, tie_weights=False)
     model = reversible_model(layer)
