@@ -46,8 +46,7 @@ class LayerWrapper(keras.layers.Layer):
     Attributes:
         host: The layer.
         blocks: List of the `Block`s with parameters.
-        probes: List of `Probe`s, one for each block that `make_blocks`
-            returned. `None` for those without parameters.
+        probes: List of `Probe`s, one for each of them.
     """
 
     def __init__(self, host):
@@ -58,6 +57,8 @@ class LayerWrapper(keras.layers.Layer):
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
         self._all_blocks = self.make_blocks()
+        # For each of them its probe or, if it has no parameters, `None`.
+        self._taps = []
         self.blocks = [b for b in self._all_blocks if b.parameters]
         for block in self.blocks:
             _check_shapes(block, host)
@@ -69,7 +70,8 @@ class LayerWrapper(keras.layers.Layer):
             if block.parameters:
                 with backend.creation_scope(block.parameters[0]):
                     probe = Probe(block, self.add_weight, index)
-            self.probes.append(probe)
+                self.probes.append(probe)
+            self._taps.append(probe)
 
     def make_blocks(self):
         """The Kronecker-factored blocks of the host.
@@ -104,7 +106,7 @@ class LayerWrapper(keras.layers.Layer):
         Returns:
             `z`, unchanged.
         """
-        probe = self.probes[block]
+        probe = self._taps[block]
         return z if probe is None else tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
