@@ -124,7 +124,9 @@ def coverage(target):
         reasons[id(layer)] = reason
         for block in [] if wrapper is None else wrapper.blocks:
             for variable, text in _describe(block):
-                factors[id(variable)] = text
+                # A weight that is used in two ways has two blocks.
+                known = factors.get(id(variable))
+                factors[id(variable)] = f"{known} + {text}" if known else text
 
     rows = []
     for variable in target.trainable_variables:

@@ -15,29 +15,38 @@ class Curvature:
 
     def __init__(self, probe, add_variable):
         self.probe = probe
-        self.block = probe.block
+        self.block = block = probe.block
         self._add_variable = add_variable
-        self.activation = self._add(probe.activation, "ones", "factor")
-        self.gradient = self._add(probe.gradient, "ones", "factor")
-        # The factor of the input that is always 1.
-        self.one = None
-        if self.block.bias is not None:
-            self.one = self._add(probe.request, "ones", "factor")
+        # Equal for the blocks of one weight.
+        self.key = id(block.parameters[0])
+        self.shares_weight = False
+        self.activation = self._add_factor(
+            probe.activation, block.activation_shape
+        )
+        self.gradient = self._add_factor(probe.gradient, block.gradient_shape)
+        self.variables = [self.activation, self.gradient]
+        if block.bias is not None:
+            # The factor of the input that is always 1.
+            self.one = self._add_factor(probe.request, ())
+            self.variables.append(self.one)
+            if block.bias_gradient_shape is not None:
+                self.bias_gradient = self._add_factor(
+                    probe.gradient, block.bias_gradient_shape, "bias_factor"
+                )
+                self.variables.append(self.bias_gradient)
 
-    def _add(self, reference, initializer, what):
+    def _add_factor(self, reference, shape, what="factor"):
+        return self._add(reference, shape, "ones", what)
+
+    def _add(self, reference, shape, initializer, what):
         return self._add_variable(
-            shape=reference.shape,
+            shape=shape,
             initializer=initializer,
             dtype="float32",
             # All replicas write the same value.
             aggregation="only_first_replica",
             name=f"{reference.path.replace('/', '_')}_{what}",
         )
-
-    @property
-    def variables(self):
-        variables = [self.activation, self.gradient]
-        return variables if self.one is None else [*variables, self.one]
 
     def values(self):
         return [ops.convert_to_tensor(v) for v in self.variables]
@@ -55,12 +64,12 @@ class Curvature:
         return self.block.fisher_of_weight(activation, gradient)
 
     def fisher_of_bias(self):
-        _, gradient, one = self.values()
-        return self.block.fisher_of_bias(one, gradient)
+        _, gradient, one, *bias_gradient = self.values()
+        return self.block.fisher_of_bias(one, *(bias_gradient or [gradient]))
 
     def add_accumulators(self):
         self.accumulators = [
-            self._add(variable, "zeros", "accumulator")
+            self._add(variable, variable.shape, "zeros", "accumulator")
             for variable in self.probe.variables
         ]
 
@@ -74,11 +83,16 @@ class Curvature:
             totals.append(total)
         return totals
 
-    def measured(self, answer, scale, gamma_1, gamma_2, epsilon):
+    def measured(self, answer, uses, scale, gamma_1, gamma_2, epsilon):
         """The values of `variables` after a measurement.
+
+        A weight that has several blocks may be used in one of its ways only:
+        a tied embedding that embeds, but isn't reversed. The blocks of the
+        other ways then measured zeros.
 
         Args:
             answer: The sums over the gradients of `probe.variables`.
+            uses: Number of answers that all blocks of the weight gave.
             scale: Float, what the loss was multiplied by.
             gamma_1, gamma_2, epsilon: See `AdaFisher`.
 
@@ -88,14 +102,18 @@ class Curvature:
         """
         calls, activation, gradient = answer
         is_usable = ops.logical_and(
-            calls > 0, factors.is_finite(activation, gradient)
+            uses > 0, factors.is_finite(activation, gradient)
         )
         calls = ops.maximum(calls, 1)
         activation, one = self.block.normalize_activation(
             activation / calls, epsilon
         )
-        gradient = factors.min_max(gradient / (calls * scale**2), epsilon)
-        measurement = [activation, gradient, one]
+        gradient, bias_gradient = self.block.split_gradient(
+            gradient / (calls * scale**2)
+        )
+        measurement = [activation, factors.min_max(gradient, epsilon), one]
+        if bias_gradient is not None:
+            measurement.append(factors.min_max(bias_gradient, epsilon))
         return [
             ops.where(
                 is_usable,

@@ -8,6 +8,7 @@ The update of a weight, in one line:
 wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
+import collections
 import numbers
 
 import keras
@@ -206,6 +207,9 @@ class AdaFisher(keras.optimizers.Optimizer):
         self._curvatures = [
             Curvature(probe, self.add_variable) for probe in probes
         ]
+        keys = collections.Counter(c.key for c in self._curvatures)
+        for curvature in self._curvatures:
+            curvature.shares_weight = keys[curvature.key] > 1
         # For each variable the functions that compute its Fisher diagonal,
         # which is their sum. None of them: AdamW's rule.
         self._fisher_terms = [[] for _ in variables]
@@ -394,6 +398,10 @@ class AdaFisher(keras.optimizers.Optimizer):
             answer = [answers.get(self._index_of(v)) for v in variables]
             if all(gradient is not None for gradient in answer):
                 answered.append((curvature, answer))
+            elif curvature.shares_weight:
+                # JAX gives zeros for a layer that wasn't used.
+                zeros = [ops.zeros(v.shape, "float32") for v in variables]
+                answered.append((curvature, zeros))
         measuring = self._is_measuring(step)
         if not answered or measuring is False:
             return
@@ -422,9 +430,18 @@ class AdaFisher(keras.optimizers.Optimizer):
             ]
 
         def measured():
+            # How often each weight was used, by all of its blocks.
+            uses = collections.defaultdict(int)
+            for curvature, (calls, *_) in answered:
+                uses[curvature.key] += calls
             return [
                 curvature.measured(
-                    answer, scale, self.gamma_1, self.gamma_2, self.epsilon
+                    answer,
+                    uses[curvature.key],
+                    scale,
+                    self.gamma_1,
+                    self.gamma_2,
+                    self.epsilon,
                 )
                 for curvature, answer in answered
             ]

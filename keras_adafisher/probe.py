@@ -65,7 +65,9 @@ class Probe:
         self.activation = add_variable(
             block.activation_shape, "zeros", "activation"
         )
-        self.gradient = add_variable(block.gradient_shape, "zeros", "gradient")
+        self.gradient = add_variable(
+            block.gradient_statistic_shape, "zeros", "gradient"
+        )
         self.listening = True
 
     @property
@@ -111,7 +113,7 @@ def tap(z, h, probe):
                 return (
                     ops.zeros((), "float32"),
                     ops.zeros(block.activation_shape, "float32"),
-                    ops.zeros(block.gradient_shape, "float32"),
+                    ops.zeros(block.gradient_statistic_shape, "float32"),
                 )
 
             answers = ops.cond(backend.is_requested(request), answer, silence)
@@ -121,6 +123,8 @@ def tap(z, h, probe):
 
         return z, grad
 
+    # No backend hands a sparse tensor through a custom gradient.
+    h = ops.convert_to_tensor(h, sparse=False)
     return identity(
         z,
         ops.stop_gradient(h),

@@ -17,7 +17,51 @@ def mean_square(x, axis):
     Returns:
         Float32 tensor: `x`'s shape without these axes.
     """
-    return ops.mean(ops.square(ops.cast(x, "float32")), axis=axis)
+    x = ops.square(ops.cast(x, "float32"))
+    # For PyTorch, no axes are all axes.
+    return x if axis == () else ops.mean(x, axis=axis)
+
+
+def channel_mean_square(x, channels_first=False):
+    """Mean of the squared entries of `x` over all axes but its channels.
+
+    Args:
+        x: Tensor of shape `(batch, *positions, channels)`, or
+            `(batch, channels, *positions)`.
+        channels_first: Bool.
+
+    Returns:
+        Float32 tensor of shape `(channels,)`.
+    """
+    axes = list(range(len(x.shape)))
+    axes.pop(1 if channels_first else -1)
+    return mean_square(x, axis=tuple(axes))
+
+
+def patch_mean_square(
+    x, kernel_size, strides, dilation_rate, padding, channels_first=False
+):
+    """Mean square of what each kernel tap of a convolution sees.
+
+    Args:
+        x: Tensor, the input of a convolution of any rank.
+        kernel_size, strides, dilation_rate: Tuples of ints, one entry per
+            spatial axis.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        channels_first: Bool.
+
+    Returns:
+        Float32 tensor of shape `(*kernel_size, channels)`: means over batch
+        and output positions, zeros of the padding included.
+    """
+    # The batch first: everything after it works on one small map.
+    x = mean_square(x, axis=(0,))
+    if channels_first:
+        x = ops.moveaxis(x, 0, -1)
+    windows = zip(kernel_size, strides, dilation_rate, strict=True)
+    for axis, (size, stride, dilation) in enumerate(windows):
+        x = window_mean(x, axis, size, stride, dilation, padding)
+    return x
 
 
 def window_mean(x, axis, kernel_size, stride, dilation, padding):
@@ -66,6 +110,45 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
         index[axis] = slice(start, stop, stride)
         taps.append(ops.mean(x[tuple(index)], axis=axis))
     return ops.stack(taps, axis=axis)
+
+
+def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):
+    """Mean of what each tap of a transposed convolution reads along one axis.
+
+    A transposed convolution moves tap `i` of its kernel from each input
+    position `q` to the output position `q * stride + i * dilation - crop`, if
+    there is such an output. Seen from an output, the tap reads one input or
+    none, which counts as zero.
+
+    Args:
+        x: Float tensor of any shape.
+        axis: Int, the spatial axis.
+        kernel_size: Int, number of taps.
+        stride: Int.
+        dilation: Int.
+        extent: Int, the number of outputs that an input of size 1 has. An
+            input of size `n` has `(n - 1) * stride + extent`.
+
+    Returns:
+        `x` with `kernel_size` entries along `axis` instead of the positions:
+        means over the outputs.
+    """
+    outputs = (ops.shape(x)[axis] - 1) * stride + extent
+    # The taps of one input reach further than its outputs: what exceeds them
+    # is cut off, half of it (rounded down) in front.
+    reach = (kernel_size - 1) * dilation + 1
+    crop = max(reach - extent, 0) // 2
+
+    index = [slice(None)] * len(x.shape)
+    taps = []
+    for tap in range(kernel_size):
+        offset = tap * dilation - crop
+        # The inputs whose outputs `offset` would move past an end.
+        before = max(-(offset // stride), 0)
+        after = max(-((extent - 1 - offset) // stride), 0)
+        index[axis] = slice(before, -after or None)
+        taps.append(ops.sum(x[tuple(index)], axis=axis))
+    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
 
 
 def _at_least_zero(size):

@@ -11,6 +11,7 @@ from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import forget_parameters
 from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import must_tap
+from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import register_parameters
 from keras_adafisher.backend.common import release_gradients
 from keras_adafisher.backend.common import step_number
@@ -19,6 +20,7 @@ from keras_adafisher.backend.common import write_request
 
 if _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import creation_scope
+    from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
 elif _keras_backend.backend() == "torch":
@@ -35,6 +37,7 @@ __all__ = [
     "forget_parameters",
     "is_requested",
     "must_tap",
+    "pointwise_conv",
     "register_parameters",
     "release_gradients",
     "step_number",

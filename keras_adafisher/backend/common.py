@@ -54,3 +54,18 @@ def register_parameters(layer, variables):
 
 def forget_parameters(layer, variables):
     """Undo `register_parameters`."""
+
+
+def pointwise_conv(x, kernel, data_format):
+    """A convolution of what `separable_conv` takes, with kernels of size 1.
+
+    Args:
+        x: Tensor of shape `(batch, *positions, channels)` or, with
+            `data_format="channels_first"`, `(batch, channels, *positions)`.
+        kernel: Tensor of shape `(1, ..., 1, channels, filters)`.
+        data_format: String.
+
+    Returns:
+        A tensor like `x` with `filters` channels.
+    """
+    return ops.conv(x, kernel, data_format=data_format)

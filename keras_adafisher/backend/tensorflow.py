@@ -3,6 +3,7 @@
 import contextlib
 
 import tensorflow as tf
+from keras import ops
 
 
 def step_number(iterations):
@@ -26,3 +27,13 @@ def creation_scope(variable):
     if strategy is None or strategy is tf.distribute.get_strategy():
         return contextlib.nullcontext()
     return strategy.scope()
+
+
+def pointwise_conv(x, kernel, data_format):
+    # TensorFlow's convolutions take no channels-first tensors on the CPU, but
+    # Keras' `separable_conv` does.
+    if data_format == "channels_last" or tf.config.list_logical_devices("GPU"):
+        return ops.conv(x, kernel, data_format=data_format)
+    x = ops.moveaxis(x, 1, -1)
+    x = ops.conv(x, kernel, data_format="channels_last")
+    return ops.moveaxis(x, -1, 1)

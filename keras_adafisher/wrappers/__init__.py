@@ -4,17 +4,29 @@ from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import wrapper_of
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
+from keras_adafisher.wrappers.conv_transpose import ConvTransposeBlock
 from keras_adafisher.wrappers.dense import DenseBlock
+from keras_adafisher.wrappers.depthwise import DepthwiseConvBlock
+from keras_adafisher.wrappers.einsum import EinsumBlock
+from keras_adafisher.wrappers.embedding import EmbeddingBlock
+from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
 from keras_adafisher.wrappers.normalization import ScaleBlock
+from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
 
 __all__ = [
     "Block",
     "ConvBlock",
+    "ConvTransposeBlock",
     "DenseBlock",
+    "DepthwiseConvBlock",
+    "EinsumBlock",
+    "EmbeddingBlock",
     "LayerWrapper",
+    "ReverseEmbeddingBlock",
     "ScaleBlock",
+    "SlopeBlock",
     "find_wrapper",
     "register_wrapper",
     "wrapper_of",

@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import numpy as np
 
 from keras_adafisher import backend
 from keras_adafisher.probe import Probe
@@ -39,10 +40,13 @@ class LayerWrapper(keras.layers.Layer):
     Args:
         host: The layer, built.
 
+    Raises:
+        ValueError: A block's factors don't broadcast to their parameter.
+
     Attributes:
         host: The layer.
-        blocks: List of `Block`s, what `make_blocks` returned.
-        probes: List of `Probe`s, one for each block.
+        blocks: List of the `Block`s with parameters.
+        probes: List of `Probe`s, one for each of them.
     """
 
     def __init__(self, host):
@@ -52,13 +56,22 @@ class LayerWrapper(keras.layers.Layer):
         super().__init__(name=f"{path}_adafisher", trainable=host.trainable)
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
-        self.blocks = [b for b in self.make_blocks() if b.parameters]
+        self._all_blocks = self.make_blocks()
+        # For each of them its probe or, if it has no parameters, `None`.
+        self._taps = []
+        self.blocks = [b for b in self._all_blocks if b.parameters]
+        for block in self.blocks:
+            _check_shapes(block, host)
         self.probes = []
 
     def build(self):
-        for index, block in enumerate(self.blocks):
-            with backend.creation_scope(block.parameters[0]):
-                self.probes.append(Probe(block, self.add_weight, index))
+        for index, block in enumerate(self._all_blocks):
+            probe = None
+            if block.parameters:
+                with backend.creation_scope(block.parameters[0]):
+                    probe = Probe(block, self.add_weight, index)
+                self.probes.append(probe)
+            self._taps.append(probe)
 
     def make_blocks(self):
         """The Kronecker-factored blocks of the host.
@@ -66,7 +79,7 @@ class LayerWrapper(keras.layers.Layer):
         Called once, when the host is built.
 
         Returns:
-            A list of `Block`s. Those without parameters are left out.
+            A list of `Block`s. Those without parameters aren't measured.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `make_blocks()`."
@@ -88,29 +101,40 @@ class LayerWrapper(keras.layers.Layer):
         Args:
             z: The block's pre-activation.
             h: The activations that the block made `z` from.
-            block: Int, index into `blocks`.
+            block: Int, index into what `make_blocks` returned.
 
         Returns:
             `z`, unchanged.
         """
-        return tap(z, h, self.probes[block])
+        probe = self._taps[block]
+        return z if probe is None else tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
         """What the host's class computes."""
         return type(self.host).call(self.host, *args, **kwargs)
 
-    def host_call_without_activation(self, *args, **kwargs):
-        """What the host's class computes if its `activation` is `None`."""
+    def host_call_without(self, attribute, *args, **kwargs):
+        """What the host's class computes if an attribute is `None`.
+
+        Args:
+            attribute: String, the attribute's name.
+            *args: Arguments of the host's `call`.
+            **kwargs: Arguments of the host's `call`.
+        """
         host = self.host
-        if host.activation in (None, keras.activations.linear):
-            return self.host_call(*args, **kwargs)
         # Not `host.activation = None` for the length of the call: another
         # thread may be in it. A second object of the same class, with the
         # same attributes but one, runs whatever `call` the class has.
         view = object.__new__(type(host))
         view.__dict__.update(host.__dict__)
-        view.__dict__["activation"] = None
+        view.__dict__[attribute] = None
         return type(host).call(view, *args, **kwargs)
+
+    def host_call_without_activation(self, *args, **kwargs):
+        """What the host's class computes if its `activation` is `None`."""
+        if self.host.activation in (None, keras.activations.linear):
+            return self.host_call(*args, **kwargs)
+        return self.host_call_without("activation", *args, **kwargs)
 
     def activate(self, z):
         """Apply the host's `activation`."""
@@ -179,3 +203,37 @@ def variable_or_none(kernel):
     product of two others. Then only the bias has factors.
     """
     return kernel if isinstance(kernel, keras.Variable) else None
+
+
+def _check_shapes(block, host):
+    """Raise a `ValueError` if factors don't broadcast to their parameter."""
+    activation, gradient, bias_gradient, one = (
+        # Symbolic: only shapes are computed, however large the parameter is.
+        keras.KerasTensor(shape, dtype="float32")
+        for shape in (
+            block.activation_shape,
+            block.gradient_shape,
+            block.bias_gradient_shape or block.gradient_shape,
+            (),
+        )
+    )
+    for parameter, fisher, factors in (
+        (block.weight, block.fisher_of_weight, (activation, gradient)),
+        (block.bias, block.fisher_of_bias, (one, bias_gradient)),
+    ):
+        if parameter is None:
+            continue
+        shapes = " and ".join(str(tuple(factor.shape)) for factor in factors)
+        shape = tuple(parameter.shape)
+        try:
+            got = tuple(fisher(*factors).shape)
+            fits = np.broadcast_shapes(got, shape) == shape
+        except ValueError:
+            got, fits = "none", False
+        if not fits:
+            raise ValueError(
+                "Kronecker factors must broadcast to their parameter. Layer "
+                f"'{host.path or host.name}', parameter '{parameter.name}' of "
+                f"shape {shape}: {block.__class__.__name__} has factors of "
+                f"shapes {shapes}, which give a Fisher diagonal of shape {got}."
+            )

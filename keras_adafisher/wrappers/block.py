@@ -24,10 +24,13 @@ class Block:
     Attributes:
         activation_shape: Shape of `H`.
         gradient_shape: Shape of `S`.
+        bias_gradient_shape: Shape of the bias' own `S`. `None` if the bias
+            shares the weight's, as it does in most layers.
     """
 
     activation_shape = ()
     gradient_shape = ()
+    bias_gradient_shape = None
 
     def __init__(self, weight, bias=None):
         self.weight = weight
@@ -37,6 +40,11 @@ class Block:
     def parameters(self):
         """The variables that this block factors."""
         return [v for v in (self.weight, self.bias) if v is not None]
+
+    @property
+    def gradient_statistic_shape(self):
+        """Shape of what `gradient_statistic` returns."""
+        return self.gradient_shape
 
     def activation_statistic(self, h):
         """Mean of `h²` over batch and positions, per input coordinate.
@@ -58,11 +66,23 @@ class Block:
             s: The gradient of the loss at the map's output.
 
         Returns:
-            Float32 tensor of shape `gradient_shape`.
+            Float32 tensor of shape `gradient_statistic_shape`.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `gradient_statistic()`."
         )
+
+    def split_gradient(self, statistic):
+        """Get `S`, and the bias' own `S`, from what was measured.
+
+        Args:
+            statistic: Tensor of shape `gradient_statistic_shape`.
+
+        Returns:
+            A tensor of shape `gradient_shape`, and one of shape
+            `bias_gradient_shape` or `None`.
+        """
+        return statistic, None
 
     def normalize_activation(self, statistic, epsilon):
         """Normalize a measured `H` and the entry 1 that belongs to the bias.
@@ -95,7 +115,8 @@ class Block:
 
         Args:
             one: Scalar tensor, the running factor of the input that is 1.
-            gradient: Tensor of shape `gradient_shape`, the running `S`.
+            gradient: The running `S`, of shape `bias_gradient_shape` if the
+                bias has its own, else of shape `gradient_shape`.
 
         Returns:
             Tensor that broadcasts to the bias' shape.

@@ -5,8 +5,8 @@ import math
 import keras
 from keras import ops
 
-from keras_adafisher.statistics import mean_square
-from keras_adafisher.statistics import window_mean
+from keras_adafisher.statistics import channel_mean_square
+from keras_adafisher.statistics import patch_mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
@@ -61,24 +61,21 @@ class ConvBlock(Block):
         self.gradient_shape = (filters,)
 
     def activation_statistic(self, h):
-        # The batch first: everything after it works on one small map.
-        h = mean_square(h, axis=0)
-        if self.channels_first:
-            h = ops.moveaxis(h, 0, -1)
-        windows = zip(
-            self.kernel_size, self.strides, self.dilation_rate, strict=True
+        h = patch_mean_square(
+            h,
+            self.kernel_size,
+            self.strides,
+            self.dilation_rate,
+            self.padding,
+            self.channels_first,
         )
-        for axis, (size, stride, dilation) in enumerate(windows):
-            h = window_mean(h, axis, size, stride, dilation, self.padding)
         # Channels are ordered by group.
         group_size, groups = self.activation_shape[-2:]
         h = ops.reshape(h, (*self.kernel_size, groups, group_size))
         return ops.swapaxes(h, -1, -2)
 
     def gradient_statistic(self, s):
-        axes = list(range(len(s.shape)))
-        axes.pop(1 if self.channels_first else -1)
-        return mean_square(s, axis=tuple(axes))
+        return channel_mean_square(s, self.channels_first)
 
     def normalize_activation(self, statistic, epsilon):
         # The authors' code divides a convolution's `H`, the 1 of the bias
@@ -94,9 +91,11 @@ class ConvBlock(Block):
         return activation * gradient
 
 
+@register_wrapper(keras.layers.Conv1D)
 @register_wrapper(keras.layers.Conv2D)
+@register_wrapper(keras.layers.Conv3D)
 class ConvWrapper(LayerWrapper):
-    """`Conv2D`."""
+    """`Conv1D`, `Conv2D` and `Conv3D`."""
 
     def make_blocks(self):
         layer = self.host

@@ -30,24 +30,28 @@ class ScaleBlock(Block):
         self.gradient_shape = tuple(shape)
 
     def activation_statistic(self, h):
-        rank = len(h.shape)
-        kept = {axis % rank for axis in self.axis}
-        others = tuple(axis for axis in range(rank) if axis not in kept)
-        return ops.reshape(mean_square(h, axis=others), self.activation_shape)
+        return self._mean_square(h)
 
     def gradient_statistic(self, s):
-        return self.activation_statistic(s)
+        return self._mean_square(s)
 
     def normalize_activation(self, statistic, epsilon):
         # Scale and shift are factored apart, so 1 isn't part of the vector.
         return factors.min_max(statistic, epsilon), ops.ones(())
+
+    def _mean_square(self, x):
+        rank = len(x.shape)
+        kept = {axis % rank for axis in self.axis}
+        others = tuple(axis for axis in range(rank) if axis not in kept)
+        return ops.reshape(mean_square(x, axis=others), self.activation_shape)
 
 
 class NormalizationWrapper(LayerWrapper):
     """Layers that normalize and then compute `gamma * x + beta`.
 
     `h` is the layer's input, before it is normalized, and `s` the gradient at
-    the layer's output: arXiv 2405.16397, Proposition 3.1.
+    the layer's output: arXiv 2405.16397, Proposition 3.1. (The paper has
+    batch and layer normalization; group normalization is ours.)
     """
 
     def make_blocks(self):
@@ -68,3 +72,23 @@ class NormalizationWrapper(LayerWrapper):
 
 register_wrapper(keras.layers.BatchNormalization)(NormalizationWrapper)
 register_wrapper(keras.layers.LayerNormalization)(NormalizationWrapper)
+register_wrapper(keras.layers.GroupNormalization)(NormalizationWrapper)
+
+
+@register_wrapper(keras.layers.RMSNormalization)
+class RMSNormalizationWrapper(LayerWrapper):
+    """`RMSNormalization`: a scale without a shift.
+
+    Ours, after arXiv 2405.16397, Proposition 3.1: `h` is the layer's input,
+    before it is normalized, and `s` the gradient at its output.
+    """
+
+    def make_blocks(self):
+        scale = self.host.scale
+        # Whatever `axis` says, the layer multiplies by `scale` as it is, so
+        # it belongs to the last axes.
+        axis = range(-len(scale.shape), 0)
+        return [ScaleBlock(scale, None, axis, scale.shape)]
+
+    def call(self, inputs, *args, **kwargs):
+        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)

@@ -1,0 +1,67 @@
+"""Factors that don't fit their parameter are refused at wrapping."""
+
+import keras
+import pytest
+
+import keras_adafisher
+from keras_adafisher.wrappers import Block
+from keras_adafisher.wrappers import register_wrapper
+
+
+class Scaled(keras.layers.Layer):
+    """`x * scale + shift` for inputs with three features."""
+
+    shift_shape = (3,)
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(3,), name="scale")
+        self.shift = self.add_weight(shape=self.shift_shape, name="shift")
+
+    def call(self, inputs):
+        return inputs * self.scale + self.shift
+
+
+class ScaledBlock(Block):
+    def __init__(self, weight, bias, activation_shape, gradient_shape):
+        super().__init__(weight, bias)
+        self.activation_shape = activation_shape
+        self.gradient_shape = gradient_shape
+
+
+@register_wrapper(Scaled)
+class ScaledWrapper(keras_adafisher.LayerWrapper):
+    def make_blocks(self):
+        layer = self.host
+        return [ScaledBlock(layer.scale, layer.shift, *layer.factor_shapes)]
+
+
+def wrap(*factor_shapes, shift_shape=(3,)):
+    layer = Scaled(name="my_scale")
+    layer.factor_shapes = factor_shapes
+    layer.shift_shape = shift_shape
+    layer.build((None, 3))
+    keras_adafisher.wrap(layer)
+
+
+@pytest.mark.parametrize("shapes", [((3,), (3,)), ((1,), (3,)), ((), (3,))])
+def test_factors_may_broadcast(shapes):
+    wrap(*shapes)
+
+
+def test_factors_that_would_enlarge_the_parameter_are_refused():
+    with pytest.raises(ValueError, match=r"Layer 'my_scale', .*'scale'") as e:
+        wrap((3, 1), (3,))
+    assert "shape (3,)" in str(e.value)
+    assert "ScaledBlock has factors of shapes (3, 1) and (3,)" in str(e.value)
+    assert "Fisher diagonal of shape (3, 3)" in str(e.value)
+
+
+def test_factors_that_do_not_multiply_are_refused():
+    with pytest.raises(ValueError, match=r"Layer 'my_scale', .*'scale'") as e:
+        wrap((2,), (3,))
+    assert "factors of shapes (2,) and (3,)" in str(e.value)
+
+
+def test_a_bias_is_checked_too():
+    with pytest.raises(ValueError, match="parameter 'shift' of shape"):
+        wrap((3,), (3,), shift_shape=())
