@@ -6,12 +6,22 @@ import keras_adafisher
 from keras_adafisher.probe import probe_of
 
 
+class Slope(keras.layers.Layer):
+    """A layer that nobody has registered a wrapper for."""
+
+    def build(self, shape):
+        self.alpha = self.add_weight(shape=(shape[-1],), name="alpha")
+
+    def call(self, x):
+        return keras.ops.maximum(x, self.alpha * x)
+
+
 def small():
     return keras.Sequential(
         [
             keras.Input((4,)),
             keras.layers.Dense(3, name="hidden"),
-            keras.layers.PReLU(name="slope"),
+            Slope(name="slope"),
             keras.layers.Dense(2, use_bias=False, name="out"),
         ],
         name="small",
@@ -39,7 +49,7 @@ def test_one_row_for_each_trainable_parameter():
             (3,),
             3,
             "",
-            "no wrapper for PReLU",
+            "no wrapper for Slope",
         ),
         (
             "small/out",
@@ -81,7 +91,7 @@ def test_frozen_parameters_are_not_listed():
 def test_the_table():
     text = str(keras_adafisher.coverage(small()))
     assert 'Coverage of model "small"' in text
-    assert "AdamW: no wrapper for PReLU" in text
+    assert "AdamW: no wrapper for Slope" in text
     assert "Kronecker factors for 87.50% of 24 trainable parameters" in text
 
 

@@ -5,13 +5,13 @@ Each ends with the weights that `fit` gives.
 
 import keras
 import numpy as np
-
-import keras_adafisher
 from models import assert_close
 from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import weights
+
+import keras_adafisher
 
 BATCH = 16
 
@@ -113,7 +113,7 @@ def test_a_custom_loop_gives_the_weights_of_fit():
 
 
 def test_other_optimizers_train_a_wrapped_model_as_a_plain_one():
-    """Probes are marked as no parameters, and every Keras optimizer heeds it."""
+    """Probes are marked as no parameters, and Keras optimizers heed it."""
 
     def run(is_wrapped):
         keras.utils.set_random_seed(5)

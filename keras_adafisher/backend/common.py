@@ -56,16 +56,21 @@ def forget_parameters(layer, variables):
     """Undo `register_parameters`."""
 
 
-def pointwise_conv(x, kernel, data_format):
-    """A convolution of what `separable_conv` takes, with kernels of size 1.
+def pointwise_conv(x, kernel, data_format, dilation_rate):
+    """The second half of `keras.ops.separable_conv`.
 
     Args:
         x: Tensor of shape `(batch, *positions, channels)` or, with
             `data_format="channels_first"`, `(batch, channels, *positions)`.
         kernel: Tensor of shape `(1, ..., 1, channels, filters)`.
         data_format: String.
+        dilation_rate: Tuple of ints, that of the whole operation. It means
+            nothing for kernels of size 1, but Keras passes it on, and PyTorch
+            chooses an algorithm by it, which shows in the last bit.
 
     Returns:
         A tensor like `x` with `filters` channels.
     """
-    return ops.conv(x, kernel, data_format=data_format)
+    return ops.conv(
+        x, kernel, data_format=data_format, dilation_rate=dilation_rate
+    )

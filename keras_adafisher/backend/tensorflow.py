@@ -29,7 +29,7 @@ def creation_scope(variable):
     return strategy.scope()
 
 
-def pointwise_conv(x, kernel, data_format):
+def pointwise_conv(x, kernel, data_format, dilation_rate):
     # TensorFlow's convolutions take no channels-first tensors on the CPU, but
     # Keras' `separable_conv` does.
     if data_format == "channels_last" or tf.config.list_logical_devices("GPU"):

@@ -136,7 +136,10 @@ class SeparableConvWrapper(LayerWrapper):
         )
         depthwise = self.tap(depthwise, inputs, 0)
         z = backend.pointwise_conv(
-            depthwise, layer.pointwise_kernel, layer.data_format
+            depthwise,
+            layer.pointwise_kernel,
+            layer.data_format,
+            layer.dilation_rate,
         )
         if layer.use_bias:
             shape = [1] * len(z.shape)
