@@ -261,7 +261,11 @@ def test_attention_measures_each_projection(rng):
     inputs = keras.Input((4, 5))
     model = keras.Model(inputs, attention(inputs, inputs))
     model.compile(
-        optimizer=layer_cases.make_optimizer(), loss=layer_cases.product_loss
+        optimizer=layer_cases.make_optimizer(),
+        loss=layer_cases.product_loss,
+        # In a TensorFlow graph without XLA, attention differs from run to run
+        # in the third digit (Keras 3.15, TensorFlow 2.21, with SGD as well).
+        jit_compile=keras.backend.backend() != "torch",
     )
     query, query_bias, key, key_bias, value, value_bias, output, _ = (
         np.asarray(w, "float64") for w in attention.get_weights()
