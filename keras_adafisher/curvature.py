@@ -19,7 +19,6 @@ class Curvature:
         self._add_variable = add_variable
         # Equal for the blocks of one weight.
         self.key = id(block.parameters[0])
-        self.shares_weight = False
         self.activation = self._add_factor(
             probe.activation, block.activation_shape
         )

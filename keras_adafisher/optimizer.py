@@ -207,9 +207,6 @@ class AdaFisher(keras.optimizers.Optimizer):
         self._curvatures = [
             Curvature(probe, self.add_variable) for probe in probes
         ]
-        keys = collections.Counter(c.key for c in self._curvatures)
-        for curvature in self._curvatures:
-            curvature.shares_weight = keys[curvature.key] > 1
         # For each variable the functions that compute its Fisher diagonal,
         # which is their sum. None of them: AdamW's rule.
         self._fisher_terms = [[] for _ in variables]
@@ -384,6 +381,13 @@ class AdaFisher(keras.optimizers.Optimizer):
         for curvature in self._curvatures:
             backend.write_request(curvature.probe, wanted, self.assign)
 
+    def _answer_of(self, variable, answers):
+        answer = answers.get(self._index_of(variable))
+        if answer is None:
+            # What JAX gives for a layer that wasn't used.
+            return ops.zeros(variable.shape, "float32")
+        return answer
+
     def _update_factors(self, answers, step):
         """Take in what the probes answered.
 
@@ -391,30 +395,25 @@ class AdaFisher(keras.optimizers.Optimizer):
             answers: Dict from the index of a probe's variable to its gradient.
             step: The number of this step, counted from 0.
         """
-        answered = []
         for curvature in self._curvatures:
-            variables = curvature.probe.variables
-            backend.release_gradients(variables)
-            answer = [answers.get(self._index_of(v)) for v in variables]
-            if all(gradient is not None for gradient in answer):
-                answered.append((curvature, answer))
-            elif curvature.shares_weight:
-                # JAX gives zeros for a layer that wasn't used.
-                zeros = [ops.zeros(v.shape, "float32") for v in variables]
-                answered.append((curvature, zeros))
+            backend.release_gradients(curvature.probe.variables)
         measuring = self._is_measuring(step)
-        if not answered or measuring is False:
+        if measuring is False:
             return
 
         # All in one list, so that they can travel together.
         sums = iter(
             backend.sum_over_replicas(
-                [tensor for _, answer in answered for tensor in answer]
+                [
+                    self._answer_of(variable, answers)
+                    for curvature in self._curvatures
+                    for variable in curvature.probe.variables
+                ]
             )
         )
         answered = [
-            (curvature, [next(sums) for _ in answer])
-            for curvature, answer in answered
+            (curvature, [next(sums) for _ in curvature.probe.variables])
+            for curvature in self._curvatures
         ]
 
         # The scale of the loss is the scale of `s`.

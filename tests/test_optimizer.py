@@ -240,6 +240,49 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(steps, epsilon):
     assert_close(fisher, expected_fisher, 1e-6)
 
 
+def test_an_update_takes_in_a_layer_that_its_last_step_did_not_use(rng):
+    """And the next update starts from zero."""
+
+    class Sometimes(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used = keras.layers.Dense(3)
+            self.always = keras.layers.Dense(3)
+            self.skip = False
+
+        def call(self, x):
+            z = self.always(x)
+            return z if self.skip else z + self.used(x)
+
+    x, r = rng.normal(size=(2, 4, 5, 3)).astype("float32")
+    model = Sometimes()
+    model.build((None, 3))
+    optimizer = keras_adafisher.AdaFisher(
+        damping=0.01,
+        gamma_1=0.9,
+        gamma_2=0.1,
+        factor_update_steps=1,
+        gradient_accumulation_steps=2,
+    )
+    model.compile(optimizer, loss=product_loss, run_eagerly=True)
+    expected = reference.LinearFactors(3, 3, bias=True)
+    for update in range(2):
+        for step in range(2):
+            model.skip = step == 1
+            model.train_on_batch(x[2 * update + step], r[2 * update + step])
+        # Only the first step of each update has used the layer.
+        s = r[2 * update] / r[2 * update].size
+        expected.update(x[2 * update], s, 0.9, 0.1)
+        kernel, bias = expected.fisher(0.01)
+        for variable, fisher in (
+            (model.used.kernel, kernel),
+            (model.used.bias, bias),
+        ):
+            np.testing.assert_allclose(
+                to_numpy(optimizer.fisher_diagonal(variable)), fisher, rtol=1e-5
+            )
+
+
 def test_a_fixed_loss_scale_changes_nothing():
     x, y = data()
 
