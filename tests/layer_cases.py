@@ -4,6 +4,7 @@ import copy
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 from models import product_loss
 from models import to_numpy
@@ -158,3 +159,17 @@ def assert_trains_in_half_precision(make_layer, x, **call_arguments):
         # Not the 1 of the beginning.
         assert full.max() <= running(1.0) + 1e-6
         np.testing.assert_allclose(half, full, atol=0.02 * GAMMA_2)
+
+
+def conv_input(spatial, channels, rng, data_format):
+    """Two examples for a convolution."""
+    x = rng.normal(size=(2, *spatial, channels)).astype("float32")
+    return np.moveaxis(x, -1, 1) if data_format == "channels_first" else x
+
+
+def skip_if_plain_layer_fails(make_layer, x):
+    """Not every device has every convolution."""
+    try:
+        make_layer()(x)
+    except Exception as error:
+        pytest.skip(f"the plain layer fails too: {type(error).__name__}")

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
 from models import mlp
 
 
@@ -99,3 +101,11 @@ def test_optimizer_model_variables_moving_average(optimizer):
     assert [a.shape for a in averages] == [
         v.shape for v in optimizer._trainable_variables
     ]
+
+
+def test_keras_masks_of_tensors():
+    """A tapped embedding hands on the mask of the plain one."""
+    tensor = ops.ones((2, 3))
+    assert get_keras_mask(tensor) is None
+    set_keras_mask(tensor, ops.ones((2,), "bool"))
+    assert get_keras_mask(tensor).shape == (2,)

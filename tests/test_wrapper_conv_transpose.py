@@ -61,8 +61,7 @@ def make_layer(case, **kwargs):
 
 def make_input(case, rng, data_format="channels_last"):
     spatial = SPATIAL[CASES[case][0]]
-    x = rng.normal(size=(2, *spatial, CHANNELS)).astype("float32")
-    return np.moveaxis(x, -1, 1) if data_format == "channels_first" else x
+    return layer_cases.conv_input(spatial, CHANNELS, rng, data_format)
 
 
 def response_patches(layer, x):
@@ -108,23 +107,18 @@ def check(case, rng, data_format):
         layer_cases.assert_fisher(model, layer.bias, bias)
 
 
-def skip_if_plain_layer_fails(make_layer, x):
-    try:
-        make_layer()(x)
-    except Exception as error:
-        pytest.skip(f"the plain layer fails too: {type(error).__name__}")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_fisher_diagonal_is_that_of_what_each_entry_multiplies(case, rng):
-    skip_if_plain_layer_fails(lambda: make_layer(case), make_input(case, rng))
+    layer_cases.skip_if_plain_layer_fails(
+        lambda: make_layer(case), make_input(case, rng)
+    )
     check(case, rng, "channels_last")
 
 
 @pytest.mark.parametrize("case", ["1d_same_strides", "2d_same_strides"])
 def test_channels_may_come_first(case, rng):
     x = make_input(case, rng, "channels_first")
-    skip_if_plain_layer_fails(
+    layer_cases.skip_if_plain_layer_fails(
         lambda: make_layer(case, data_format="channels_first"), x
     )
     check(case, rng, "channels_first")

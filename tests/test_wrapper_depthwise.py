@@ -51,8 +51,7 @@ def make_separable(case, **kwargs):
 
 def make_input(case, rng, data_format="channels_last"):
     spatial = SPATIAL[CASES[case][0]]
-    x = rng.normal(size=(2, *spatial, CHANNELS)).astype("float32")
-    return np.moveaxis(x, -1, 1) if data_format == "channels_first" else x
+    return layer_cases.conv_input(spatial, CHANNELS, rng, data_format)
 
 
 def patches_of(layer, x):
@@ -88,13 +87,6 @@ def depthwise_fisher(h_patches, s, bias):
     return kernel + DAMPING, entries[-1] * s.ravel() + DAMPING
 
 
-def skip_if_plain_layer_fails(make_layer, x):
-    try:
-        make_layer()(x)
-    except Exception as error:
-        pytest.skip(f"the plain layer fails too: {type(error).__name__}")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_depthwise_fisher_is_that_of_patches_per_channel(case, rng):
     layer = make_depthwise(case)
@@ -110,7 +102,7 @@ def test_depthwise_fisher_is_that_of_patches_per_channel(case, rng):
 def test_depthwise_with_channels_first(rng):
     case, data_format = "2d_same_multiplier", "channels_first"
     x = make_input(case, rng, data_format)
-    skip_if_plain_layer_fails(
+    layer_cases.skip_if_plain_layer_fails(
         lambda: make_depthwise(case, data_format=data_format), x
     )
     layer = make_depthwise(case, data_format=data_format)
@@ -183,7 +175,7 @@ def test_wrapping_a_separable_convolution_changes_nothing(
     def make_layer():
         return make_separable(case, data_format=data_format, activation="tanh")
 
-    skip_if_plain_layer_fails(make_layer, x)
+    layer_cases.skip_if_plain_layer_fails(make_layer, x)
     layer_cases.assert_wrapping_changes_nothing(make_layer, x)
 
 

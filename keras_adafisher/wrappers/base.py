@@ -191,6 +191,17 @@ class LayerWrapper(keras.layers.Layer):
         delattr(host, _ATTRIBUTE)
 
 
+class ActivationWrapper(LayerWrapper):
+    """Wrapper of a layer with one block and then its `activation`.
+
+    A subclass has to override `make_blocks` only.
+    """
+
+    def call(self, inputs, *args, **kwargs):
+        z = self.host_call_without_activation(inputs, *args, **kwargs)
+        return self.activate(self.tap(z, inputs))
+
+
 def wrapper_of(layer):
     """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
     return getattr(layer, _ATTRIBUTE, None)

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -94,7 +94,7 @@ class ConvBlock(Block):
 @register_wrapper(keras.layers.Conv1D)
 @register_wrapper(keras.layers.Conv2D)
 @register_wrapper(keras.layers.Conv3D)
-class ConvWrapper(LayerWrapper):
+class ConvWrapper(ActivationWrapper):
     """`Conv1D`, `Conv2D` and `Conv3D`."""
 
     def make_blocks(self):
@@ -114,7 +114,3 @@ class ConvWrapper(LayerWrapper):
                 groups=layer.groups,
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        z = self.host_call_without_activation(inputs, *args, **kwargs)
-        return self.activate(self.tap(z, inputs))

@@ -6,7 +6,7 @@ from keras import ops
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.statistics import transposed_window_mean
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
 
@@ -81,7 +81,7 @@ class ConvTransposeBlock(Block):
 @register_wrapper(keras.layers.Conv1DTranspose)
 @register_wrapper(keras.layers.Conv2DTranspose)
 @register_wrapper(keras.layers.Conv3DTranspose)
-class ConvTransposeWrapper(LayerWrapper):
+class ConvTransposeWrapper(ActivationWrapper):
     """`Conv1DTranspose`, `Conv2DTranspose` and `Conv3DTranspose`."""
 
     def make_blocks(self):
@@ -102,7 +102,3 @@ class ConvTransposeWrapper(LayerWrapper):
                 data_format=layer.data_format,
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        z = self.host_call_without_activation(inputs, *args, **kwargs)
-        return self.activate(self.tap(z, inputs))

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_adafisher.statistics import mean_square
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -38,7 +38,7 @@ class DenseBlock(Block):
 
 
 @register_wrapper(keras.layers.Dense)
-class DenseWrapper(LayerWrapper):
+class DenseWrapper(ActivationWrapper):
     """`Dense`, on inputs of any rank."""
 
     def make_blocks(self):
@@ -51,7 +51,3 @@ class DenseWrapper(LayerWrapper):
                 outputs=kernel.shape[1],
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        z = self.host_call_without_activation(inputs, *args, **kwargs)
-        return self.activate(self.tap(z, inputs))

@@ -6,6 +6,7 @@ from keras import ops
 from keras_adafisher import backend
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
+from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.conv import ConvBlock
@@ -66,7 +67,7 @@ class DepthwiseConvBlock(Block):
 
 @register_wrapper(keras.layers.DepthwiseConv1D)
 @register_wrapper(keras.layers.DepthwiseConv2D)
-class DepthwiseConvWrapper(LayerWrapper):
+class DepthwiseConvWrapper(ActivationWrapper):
     """`DepthwiseConv1D` and `DepthwiseConv2D`."""
 
     def make_blocks(self):
@@ -81,10 +82,6 @@ class DepthwiseConvWrapper(LayerWrapper):
                 data_format=layer.data_format,
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        z = self.host_call_without_activation(inputs, *args, **kwargs)
-        return self.activate(self.tap(z, inputs))
 
 
 @register_wrapper(keras.layers.SeparableConv1D)

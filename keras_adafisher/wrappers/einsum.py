@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_adafisher.statistics import mean_square
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -121,7 +121,7 @@ class EinsumBlock(Block):
 
 
 @register_wrapper(keras.layers.EinsumDense)
-class EinsumDenseWrapper(LayerWrapper):
+class EinsumDenseWrapper(ActivationWrapper):
     """`EinsumDense`."""
 
     def make_blocks(self):
@@ -135,10 +135,6 @@ class EinsumDenseWrapper(LayerWrapper):
                 bias_axes=layer.bias_axes,
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        z = self.host_call_without_activation(inputs, *args, **kwargs)
-        return self.activate(self.tap(z, inputs))
 
 
 def _common(labels, others):
