@@ -1,5 +1,7 @@
 """What all tests share. Each process runs one backend: `KERAS_BACKEND`."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -25,6 +27,13 @@ if BACKEND == "tensorflow":
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
+
+
+def pytest_collection_finish():
+    # `clear_session` collects garbage, and would look through all that the
+    # backends have loaded, once per test.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

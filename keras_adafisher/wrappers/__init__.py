@@ -10,6 +10,8 @@ from keras_adafisher.wrappers.depthwise import DepthwiseConvBlock
 from keras_adafisher.wrappers.einsum import EinsumBlock
 from keras_adafisher.wrappers.embedding import EmbeddingBlock
 from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
+from keras_adafisher.wrappers.keras_hub import PositionEmbeddingWrapper
+from keras_adafisher.wrappers.layer_scale import LayerScaleWrapper
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.registry import find_wrapper
@@ -23,7 +25,9 @@ __all__ = [
     "DepthwiseConvBlock",
     "EinsumBlock",
     "EmbeddingBlock",
+    "LayerScaleWrapper",
     "LayerWrapper",
+    "PositionEmbeddingWrapper",
     "ReverseEmbeddingBlock",
     "ScaleBlock",
     "SlopeBlock",

@@ -5,6 +5,9 @@ import keras
 from keras_adafisher.wrappers.base import LayerWrapper
 
 _WRAPPERS = {}
+# For classes of packages that aren't imported here, and for classes that
+# aren't public: from the package's and the class' name.
+_WRAPPERS_BY_NAME = {}
 
 
 def register_wrapper(layer_class):
@@ -49,6 +52,39 @@ def register_wrapper(layer_class):
     return register
 
 
+def register_wrapper_by_name(package, *class_names):
+    """Class decorator that registers a `LayerWrapper` for names of classes.
+
+    As `register_wrapper`, but for layer classes that can't be imported here.
+    A class that is registered itself comes first.
+
+    Args:
+        package: String, the top-level package that defines the classes.
+        *class_names: Strings. Where several modules of the package have a
+            class of that name, the wrapper has to fit all of them.
+
+    Returns:
+        The decorator. It returns the wrapper class unchanged.
+
+    Raises:
+        ValueError: One of them has a wrapper already.
+    """
+
+    def register(wrapper_class):
+        for class_name in class_names:
+            key = package, class_name
+            if key in _WRAPPERS_BY_NAME:
+                raise ValueError(
+                    f"Layer class `{class_name}` of `{package}` already has "
+                    f"the wrapper `{_WRAPPERS_BY_NAME[key].__name__}`. "
+                    f"Received: {wrapper_class.__name__}"
+                )
+            _WRAPPERS_BY_NAME[key] = wrapper_class
+        return wrapper_class
+
+    return register
+
+
 def find_wrapper(layer):
     """The wrapper class for a layer, or the reason why there is none.
 
@@ -61,7 +97,8 @@ def find_wrapper(layer):
     """
     cls = type(layer)
     for registered in cls.__mro__:
-        if registered not in _WRAPPERS:
+        wrapper_class = _registered_for(registered)
+        if wrapper_class is None:
             continue
         if cls.call is not registered.call:
             return None, (
@@ -69,8 +106,15 @@ def find_wrapper(layer):
             )
         if layer.quantization_mode is not None:
             return None, f"quantized to {layer.quantization_mode}"
-        return _WRAPPERS[registered], ""
+        return wrapper_class, ""
     return None, f"no wrapper for {cls.__name__}"
+
+
+def _registered_for(cls):
+    """The wrapper class of this class, not of its parents, or `None`."""
+    package = cls.__module__.partition(".")[0]
+    by_name = _WRAPPERS_BY_NAME.get((package, cls.__name__))
+    return _WRAPPERS.get(cls, by_name)
 
 
 def _is_subclass(cls, parent):
