@@ -18,8 +18,10 @@ class ParameterCoverage:
         layer: The path of the layer that owns it.
         parameter: The parameter's path.
         shape: Its shape.
-        factors: Text that names the factors and their shapes. Empty if the
-            parameter takes AdamW's rule.
+        factors: Text that names the factors and their shapes, and says if
+            they are estimated from the gradient, since the layer can't be
+            measured or wasn't called in training. Empty if the parameter
+            takes AdamW's rule.
         reason: Why there are no factors. Empty if there are.
     """
 
@@ -149,6 +151,8 @@ def coverage(target):
 
 def _describe(block):
     gradient = f"S {block.gradient_shape}"
+    if block.is_estimated:
+        gradient += ", estimated from the gradient"
     if block.weight is not None:
         yield block.weight, f"H {block.activation_shape} x {gradient}"
     if block.bias is not None:

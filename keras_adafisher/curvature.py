@@ -17,8 +17,10 @@ class Curvature:
         self.probe = probe
         self.block = block = probe.block
         self._add_variable = add_variable
-        # Equal for the blocks of one weight.
+        # Equal for the blocks of one weight. Once all are made, the optimizer
+        # puts them into `blocks_of_weight`.
         self.key = id(block.parameters[0])
+        self.blocks_of_weight = [self]
         self.activation = self._add_factor(
             probe.activation, block.activation_shape
         )
@@ -33,6 +35,11 @@ class Curvature:
                     probe.gradient, block.bias_gradient_shape, "bias_factor"
                 )
                 self.variables.append(self.bias_gradient)
+
+    @property
+    def is_measured(self):
+        """Whether a tap is there for one of the weight's uses."""
+        return any(c.probe.is_tapped for c in self.blocks_of_weight)
 
     def _add_factor(self, reference, shape, what="factor"):
         return self._add(reference, shape, "ones", what)
@@ -113,6 +120,31 @@ class Curvature:
         measurement = [activation, factors.min_max(gradient, epsilon), one]
         if bias_gradient is not None:
             measurement.append(factors.min_max(bias_gradient, epsilon))
+        return self._averaged(measurement, is_usable, gamma_1, gamma_2)
+
+    def estimated(self, gradient, gamma_1, gamma_2):
+        """The values of `variables` after an estimate from a gradient.
+
+        Args:
+            gradient: The gradient of the block's weight.
+            gamma_1, gamma_2: See `AdaFisher`.
+
+        Returns:
+            List of tensors. The old values if the gradient is zero, as that of
+            an unused weight, or isn't finite.
+        """
+        estimate = self.block.estimate_from_gradient(gradient)
+        is_usable = ops.logical_and(
+            ops.any(gradient != 0), factors.is_finite(*estimate)
+        )
+        # Its scale is arbitrary. So there is no `epsilon` to add, and nothing
+        # to compare the bias' input 1 with: it counts as the largest.
+        measurement = [*map(factors.min_max, estimate), ops.ones(())]
+        if self.block.bias_gradient_shape is not None:
+            measurement.append(ops.zeros(self.block.bias_gradient_shape))
+        return self._averaged(measurement, is_usable, gamma_1, gamma_2)
+
+    def _averaged(self, measurement, is_usable, gamma_1, gamma_2):
         return [
             ops.where(
                 is_usable,

@@ -207,14 +207,24 @@ class AdaFisher(keras.optimizers.Optimizer):
         self._curvatures = [
             Curvature(probe, self.add_variable) for probe in probes
         ]
+        blocks = collections.defaultdict(list)
+        for curvature in self._curvatures:
+            blocks[curvature.key].append(curvature)
+            curvature.blocks_of_weight = blocks[curvature.key]
         # For each variable the functions that compute its Fisher diagonal,
         # which is their sum. None of them: AdamW's rule.
         self._fisher_terms = [[] for _ in variables]
+        # For each weight the factors that its gradient may have to estimate.
+        self._curvatures_of = [[] for _ in variables]
+        self._is_measuring_now = False
         for curvature in self._curvatures:
             for parameter, term in curvature.terms():
                 index = self._index_of(parameter)
-                if index is not None:
-                    self._fisher_terms[index].append(term)
+                if index is None:
+                    continue
+                self._fisher_terms[index].append(term)
+                if parameter is curvature.block.weight:
+                    self._curvatures_of[index].append(curvature)
         self._velocities = [None] * len(variables)
         for index, variable in enumerate(variables):
             has_step = self._momentums[index] is not None
@@ -272,7 +282,10 @@ class AdaFisher(keras.optimizers.Optimizer):
         step = backend.step_number(self._iterations)
         is_measuring_next = self._is_measuring(step + 1)
         self._update_factors(answers, step)
+        # For `update_step`.
+        self._is_measuring_now = self._is_measuring(step)
         super().apply(parameter_grads, parameters)
+        self._is_measuring_now = False
         self._request(is_measuring_next)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -289,6 +302,7 @@ class AdaFisher(keras.optimizers.Optimizer):
             m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
         )
         if self._fisher_terms[index]:
+            self._estimate_factors(index, gradient)
             denominator = self._fisher(index)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
@@ -398,7 +412,8 @@ class AdaFisher(keras.optimizers.Optimizer):
         for curvature in self._curvatures:
             backend.release_gradients(curvature.probe.variables)
         measuring = self._is_measuring(step)
-        if measuring is False:
+        curvatures = [c for c in self._curvatures if c.is_measured]
+        if measuring is False or not curvatures:
             return
 
         # All in one list, so that they can travel together.
@@ -406,14 +421,14 @@ class AdaFisher(keras.optimizers.Optimizer):
             backend.sum_over_replicas(
                 [
                     self._answer_of(variable, answers)
-                    for curvature in self._curvatures
+                    for curvature in curvatures
                     for variable in curvature.probe.variables
                 ]
             )
         )
         answered = [
             (curvature, [next(sums) for _ in curvature.probe.variables])
-            for curvature in self._curvatures
+            for curvature in curvatures
         ]
 
         # The scale of the loss is the scale of `s`.
@@ -452,6 +467,29 @@ class AdaFisher(keras.optimizers.Optimizer):
         for (curvature, _), new_values in zip(answered, values, strict=True):
             for variable, value in zip(
                 curvature.variables, new_values, strict=True
+            ):
+                self.assign(variable, value)
+
+    def _estimate_factors(self, index, gradient):
+        """Estimate what no tap measures from the gradient of a weight.
+
+        In `update_step`, and so from the gradient that Keras has summed over
+        replicas, accumulated and clipped.
+        """
+        for curvature in self._curvatures_of[index]:
+            if curvature.is_measured:
+                continue
+            # `coverage` tells.
+            curvature.block.is_estimated = True
+            values = ops.cond(
+                self._is_measuring_now,
+                lambda curvature=curvature: curvature.estimated(
+                    gradient, self.gamma_1, self.gamma_2
+                ),
+                curvature.values,
+            )
+            for variable, value in zip(
+                curvature.variables, values, strict=True
             ):
                 self.assign(variable, value)
 

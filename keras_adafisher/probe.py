@@ -37,6 +37,9 @@ class Probe:
         activation: Variable of the shape of `H`. Its gradient is the sum of
             the answers. The value isn't used.
         gradient: The same for `S`.
+        is_tapped: Bool. Whether any forward pass has gone through the tap.
+            None does if the layer isn't called, since other code reads its
+            weights.
         listening: Bool. Read instead of `request` on backends that run
             eagerly, where reading a tensor would wait for the device.
     """
@@ -68,6 +71,7 @@ class Probe:
         self.gradient = add_variable(
             block.gradient_statistic_shape, "zeros", "gradient"
         )
+        self.is_tapped = False
         self.listening = True
 
     @property
@@ -91,6 +95,7 @@ def tap(z, h, probe):
     Returns:
         `z`, unchanged.
     """
+    probe.is_tapped = True
     if not backend.must_tap(probe):
         return z
     block = probe.block

@@ -38,6 +38,39 @@ def channel_mean_square(x, channels_first=False):
     return mean_square(x, axis=tuple(axes))
 
 
+def rank_one_factors(x, first_shape, second_shape):
+    """Two factors whose product has the means of `x²` along its axes.
+
+    If `x²` is a product of two tensors of these shapes, it is the product of
+    the factors, up to a constant. The fit is that of Adafactor (Shazeer and
+    Stern, 2018, arXiv 1804.04235, Section 3).
+
+    Args:
+        x: Tensor.
+        first_shape: Tuple of ints that broadcasts to `x.shape`.
+        second_shape: Tuple of ints that broadcasts to `x.shape`. Axes that
+            both shapes have hold one fit for each of their positions.
+
+    Returns:
+        Two float32 tensors, of shapes `first_shape` and `second_shape`.
+    """
+    x = ops.cast(x, "float32")
+    # Scaled, since the square of a small number underflows.
+    square = ops.square(x / _one_if_zero(ops.max(ops.abs(x))))
+    rank = len(x.shape)
+    # As in broadcasting, axes of size 1 are missing on the left.
+    first, second = (
+        (1,) * (rank - len(shape)) + tuple(shape)
+        for shape in (first_shape, second_shape)
+    )
+    shared = tuple(min(sizes) for sizes in zip(first, second, strict=True))
+    root = ops.sqrt(_one_if_zero(_mean_to_shape(square, shared)))
+    return (
+        ops.reshape(_mean_to_shape(square, first) / root, first_shape),
+        ops.reshape(_mean_to_shape(square, second) / root, second_shape),
+    )
+
+
 def patch_mean_square(
     x, kernel_size, strides, dilation_rate, padding, channels_first=False
 ):
@@ -153,3 +186,14 @@ def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):
 
 def _at_least_zero(size):
     return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
+
+
+def _mean_to_shape(x, shape):
+    """Mean of `x` over the axes that have size 1 in a shape of its rank."""
+    axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    # For PyTorch, no axes are all axes.
+    return ops.mean(x, axis=axes, keepdims=True) if axes else x
+
+
+def _one_if_zero(x):
+    return ops.where(x > 0, x, ops.ones_like(x))

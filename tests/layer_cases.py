@@ -14,6 +14,10 @@ import keras_adafisher
 from keras_adafisher.probe import probe_of
 
 GAMMA_1, GAMMA_2, DAMPING = 0.9, 0.05, 1e-3
+# For models of batched matrix products: without XLA, TensorFlow's training
+# steps on the CPU now and then read a weight after its update, with any
+# optimizer (Keras 3.15, TensorFlow 2.21).
+JIT_COMPILE = keras.backend.backend() != "torch"
 
 
 def make_optimizer():
@@ -61,11 +65,13 @@ def linear_fisher(h_rows, s_rows, bias=False, bias_s_rows=None):
     return weight_fisher, one * s + DAMPING
 
 
-def model_of(layer, x, **call_arguments):
+def model_of(layer, x, jit_compile="auto", **call_arguments):
     """A compiled functional model of one layer, for `product_loss`."""
     inputs = keras.Input(np.shape(x)[1:], dtype=np.asarray(x).dtype.name)
     model = keras.Model(inputs, layer(inputs, **call_arguments))
-    model.compile(optimizer=make_optimizer(), loss=product_loss)
+    model.compile(
+        optimizer=make_optimizer(), loss=product_loss, jit_compile=jit_compile
+    )
     return model
 
 
@@ -115,12 +121,16 @@ def assert_wrapping_changes_nothing(make_layer, x, **call_arguments):
         )
 
 
-def parameter_gradients(layer, x, **call_arguments):
+def parameter_gradients(layer, x, jit_compile="auto", **call_arguments):
     """Gradients of `sum(weights * output)`, by one step of SGD."""
-    before = copy.deepcopy(layer.get_weights())
     inputs = keras.Input(np.shape(x)[1:], dtype=np.asarray(x).dtype.name)
     model = keras.Model(inputs, layer(inputs, **call_arguments))
-    model.compile(optimizer=keras.optimizers.SGD(1.0), loss=product_loss)
+    before = copy.deepcopy(layer.get_weights())
+    model.compile(
+        optimizer=keras.optimizers.SGD(1.0),
+        loss=product_loss,
+        jit_compile=jit_compile,
+    )
     # `compile` doesn't unwrap: it didn't wrap.
     output = to_numpy(model(x))
     y = np.linspace(-1, 1, output.size, dtype="float32").reshape(output.shape)

@@ -96,3 +96,25 @@ def test_a_layer_that_is_built_late():
     model.fit(x, y, batch_size=16, verbose=0)
     assert len(model.optimizer.variables) > 0
     to_numpy(model.optimizer.fisher_diagonal(model.layers[0].kernel))
+
+
+def test_factors_that_are_estimated_from_gradients():
+    """From the gradient of the whole batch, not of a replica's part."""
+
+    def model():
+        return keras.Sequential(
+            [
+                keras.Input((4, 3)),
+                keras.layers.GRU(3),
+                keras.layers.Dense(3),
+            ]
+        )
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(16 * STEPS, 4, 3)).astype("float32")
+    y = rng.integers(0, 3, size=16 * STEPS)
+    batches = list(zip(np.split(x, STEPS), np.split(y, STEPS), strict=True))
+    one, factors_of_one = train(tf.distribute.get_strategy(), model, batches)
+    two, factors_of_two = train(mirrored(), model, batches)
+    assert_close(two, one, 1e-6)
+    assert_close(factors_of_two, factors_of_one, 1e-6)

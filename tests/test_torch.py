@@ -30,11 +30,22 @@ def waits(monkeypatch):
     return calls
 
 
-def step_waits(optimizer, waits, steps):
+def recurrent():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            keras.layers.Reshape((6, 12)),
+            keras.layers.LSTM(4),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def step_waits(make_model, optimizer, waits, steps):
     x, y = image_data(examples=8)
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     keras.utils.set_random_seed(0)
-    model = cnn()
+    model = make_model()
     model.compile(optimizer, loss=cross_entropy())
     model.train_step((x, y))
     counts = []
@@ -45,10 +56,15 @@ def step_waits(optimizer, waits, steps):
     return counts
 
 
+@pytest.mark.parametrize("make_model", [cnn, recurrent])
 @pytest.mark.parametrize("factor_update_steps", [1, 2, 100])
-def test_one_wait_more_than_momentum_sgd(factor_update_steps, waits):
-    plain = step_waits(keras.optimizers.SGD(momentum=0.9), waits, 4)
+def test_one_wait_more_than_momentum_sgd(
+    factor_update_steps, make_model, waits
+):
+    sgd = keras.optimizers.SGD(momentum=0.9)
+    plain = step_waits(make_model, sgd, waits, 4)
     ours = step_waits(
+        make_model,
         keras_adafisher.AdaFisher(factor_update_steps=factor_update_steps),
         waits,
         4,

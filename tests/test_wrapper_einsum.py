@@ -263,9 +263,7 @@ def test_attention_measures_each_projection(rng):
     model.compile(
         optimizer=layer_cases.make_optimizer(),
         loss=layer_cases.product_loss,
-        # In a TensorFlow graph without XLA, this model differs from run to run
-        # in the third digit (Keras 3.15, TensorFlow 2.21, with SGD as well).
-        jit_compile=keras.backend.backend() != "torch",
+        jit_compile=layer_cases.JIT_COMPILE,
     )
     query, query_bias, key, key_bias, value, value_bias, output, _ = (
         np.asarray(w, "float64") for w in attention.get_weights()

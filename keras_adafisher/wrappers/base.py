@@ -89,11 +89,10 @@ class LayerWrapper(keras.layers.Layer):
         """The host's computation with the taps in it.
 
         Takes what the host's own `call` takes and must return exactly what
-        that returns.
+        that returns. Without an override there are no taps, and the factors
+        are estimated from the weights' gradients: see `GradientBlock`.
         """
-        raise NotImplementedError(
-            f"{self.__class__.__name__} must override `call()`."
-        )
+        return self.host_call(*args, **kwargs)
 
     def tap(self, z, h, block=0):
         """Measure a block here.

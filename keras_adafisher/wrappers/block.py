@@ -9,6 +9,7 @@ make up the Fisher diagonal of the weight and of the bias.
 from keras import ops
 
 from keras_adafisher import factors
+from keras_adafisher.statistics import rank_one_factors
 
 
 class Block:
@@ -26,11 +27,14 @@ class Block:
         gradient_shape: Shape of `S`.
         bias_gradient_shape: Shape of the bias' own `S`. `None` if the bias
             shares the weight's, as it does in most layers.
+        is_estimated: Bool. Whether the factors come from the gradient of the
+            weight, not from a tap: see `GradientBlock`.
     """
 
     activation_shape = ()
     gradient_shape = ()
     bias_gradient_shape = None
+    is_estimated = False
 
     def __init__(self, weight, bias=None):
         self.weight = weight
@@ -98,6 +102,22 @@ class Block:
             return factors.min_max(statistic, epsilon), ops.ones(())
         return factors.min_max_with_one(statistic, epsilon)
 
+    def estimate_from_gradient(self, gradient):
+        """Estimate `H` and `S` from the gradient of the weight alone.
+
+        For where nothing can be measured: see `GradientBlock`.
+
+        Args:
+            gradient: Tensor of the weight's shape.
+
+        Returns:
+            Float32 tensors of shapes `activation_shape` and `gradient_shape`,
+            each up to a factor that Min–Max normalization removes.
+        """
+        return rank_one_factors(
+            gradient, self.activation_shape, self.gradient_shape
+        )
+
     def fisher_of_weight(self, activation, gradient):
         """The Fisher diagonal of the weight, undamped.
 
@@ -122,3 +142,40 @@ class Block:
             Tensor that broadcasts to the bias' shape.
         """
         return one * gradient
+
+
+class GradientBlock(Block):
+    """A map whose factors are estimated from its weight's gradient.
+
+    For maps that no tap can reach: those of a recurrent layer, which run in one
+    fused kernel on most devices, or those of a layer whose code can't be taken
+    apart.
+
+    For one row, the weight's gradient is `g = h sᵀ`. The mean of `g²` over the
+    outputs is `H` times a constant, its mean over the inputs is `S` times a
+    constant, and Min–Max normalization removes the constants: the estimate is
+    exact. For the sum over many independent rows, `g²` has the expectation
+    `H ⊗ S` times their number as far as `h²` and `s²` are independent and `g`
+    has mean zero: the estimate is `H` and `S` plus noise. Where the mean of `g`
+    outweighs its noise, as in full batches, it tends to the rank-one factors of
+    that mean's square instead. Ours; the fit is Adafactor's.
+
+    An axis that both factors have, one of experts for instance, holds one map
+    for each of its positions, and each gets a fit of its own.
+
+    A layer that has a wrapper but isn't called, since other code reads its
+    kernel, is estimated in the same way, whatever its blocks are.
+
+    Args:
+        weight: Variable.
+        activation_shape: Shape of `H`, which broadcasts to the weight's.
+        gradient_shape: Shape of `S`, which broadcasts to the weight's.
+        bias: Variable, or `None`. It takes `S`, and 1 for `H`.
+    """
+
+    is_estimated = True
+
+    def __init__(self, weight, activation_shape, gradient_shape, bias=None):
+        super().__init__(weight, bias)
+        self.activation_shape = tuple(activation_shape)
+        self.gradient_shape = tuple(gradient_shape)

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
+from keras_adafisher.statistics import rank_one_factors
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
@@ -83,6 +84,19 @@ class ConvBlock(Block):
         # what `epsilon` amounts to.
         inputs = math.prod(self.activation_shape[:-1])
         return super().normalize_activation(statistic, epsilon * inputs)
+
+    def estimate_from_gradient(self, gradient):
+        # Filters are ordered by group as well.
+        groups = self.groups
+        activation, gradient = rank_one_factors(
+            ops.reshape(gradient, (*self.activation_shape, -1)),
+            (*self.activation_shape, 1),
+            (groups, self.filters // groups),
+        )
+        return (
+            ops.reshape(activation, self.activation_shape),
+            ops.reshape(gradient, self.gradient_shape),
+        )
 
     def fisher_of_weight(self, activation, gradient):
         if self.groups > 1:
