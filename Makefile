@@ -15,7 +15,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test lint format clean $(addprefix test-,$(BACKENDS))
+.PHONY: demo test test-models docs-coverage lint format clean \
+  $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/digits.py
@@ -27,6 +28,19 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
 	@echo "== Tests with the $* backend"
 	@KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
 	  || { echo "== FAILED with the $* backend"; exit 1; }
+
+# Also the models that take some backend minutes to compile.
+test-models: $(VENV)/.test
+	@for backend in $(BACKENDS); do \
+	  echo "== Models with the $$backend backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
+	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_real_models.py \
+	    || exit 1; \
+	done
+
+# Writes docs/coverage.md.
+docs-coverage: $(VENV)/.test
+	$(BIN)/python docs/coverage.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check

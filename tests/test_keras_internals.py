@@ -9,9 +9,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras.src.applications.convnext import LayerScale
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from models import mlp
+
+from keras_adafisher.wrappers import find_wrapper
+from keras_adafisher.wrappers import LayerScaleWrapper
 
 
 @pytest.fixture
@@ -109,3 +113,8 @@ def test_keras_masks_of_tensors():
     assert get_keras_mask(tensor) is None
     set_keras_mask(tensor, ops.ones((2,), "bool"))
     assert get_keras_mask(tensor).shape == (2,)
+
+
+def test_layer_scale_of_convnext():
+    """Registered by its name. (keras_hub's are in `test_wrapper_keras_hub`.)"""
+    assert find_wrapper(LayerScale(1e-6, 3)) == (LayerScaleWrapper, "")
