@@ -379,7 +379,7 @@ class AdaFisher(keras.optimizers.Optimizer):
 
     def _request(self, wanted):
         for curvature in self._curvatures:
-            backend.write_request(curvature.probe, wanted, self.assign)
+            curvature.probe.ask(wanted, self.assign, self)
 
     def _answer_of(self, variable, answers):
         answer = answers.get(self._index_of(variable))

@@ -150,9 +150,7 @@ class LayerWrapper(keras.layers.Layer):
     def measure_next_step(self):
         """Ask the probes for an answer."""
         for probe in self.probes:
-            backend.write_request(
-                probe, True, lambda variable, value: variable.assign(value)
-            )
+            probe.ask(True, lambda variable, value: variable.assign(value))
 
     def attach(self):
         """Take the place of the host's `call`."""
