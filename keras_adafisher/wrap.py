@@ -34,18 +34,24 @@ def wrap(target):
 
     Raises:
         TypeError: `target` is neither.
+        ValueError: The factors of a layer don't broadcast to its parameters.
+            No layer is wrapped then.
     """
-    for layer in plain_layers("wrap", target):
+    layers = plain_layers("wrap", target)
+    plain = [x for x in layers if x.built and wrapper_of(x) is None]
+    # All before the first is attached: if one can't be made, the model stays
+    # as it is.
+    wrappers = [make_wrapper(layer)[0] for layer in plain]
+    for layer in layers:
         if not layer.built:
             _wrap_when_built(layer)
-        elif wrapper_of(layer) is None:
-            wrapper, _ = make_wrapper(layer)
-            if wrapper is not None:
-                wrapper.attach()
-        else:
+        elif wrapper_of(layer) is not None:
             # The optimizer that comes now measures at its first step, where
             # the last one left off.
             wrapper_of(layer).measure_next_step()
+    for wrapper in wrappers:
+        if wrapper is not None:
+            wrapper.attach()
     _tell_owners(target, backend.register_parameters)
 
 

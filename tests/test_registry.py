@@ -76,10 +76,14 @@ def test_what_is_no_wrapper_class_is_refused():
 
 
 def test_registering_twice_is_refused():
+    class Another(DenseWrapper):
+        pass
+
     with pytest.raises(
         ValueError, match="`Dense` already has the wrapper `DenseWrapper`"
     ):
-        keras_adafisher.register_wrapper(keras.layers.Dense)(DenseWrapper)
+        keras_adafisher.register_wrapper(keras.layers.Dense)(Another)
+    assert find_wrapper(keras.layers.Dense(3)) == (DenseWrapper, "")
 
 
 def test_a_wrapper_has_to_answer_its_questions():
