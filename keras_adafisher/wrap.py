@@ -38,21 +38,25 @@ def wrap(target):
             No layer is wrapped then.
     """
     layers = plain_layers("wrap", target)
-    plain = [x for x in layers if x.built and wrapper_of(x) is None]
+    built = [layer for layer in layers if layer.built]
     # All before the first is attached: if one can't be made, the model stays
     # as it is.
-    wrappers = [make_wrapper(layer)[0] for layer in plain]
+    wrappers = [make_wrapper(layer)[0] for layer in built]
+    for layer, wrapper in zip(built, wrappers, strict=True):
+        current = wrapper_of(layer)
+        if current is not None and current.has_the_blocks_of(wrapper):
+            # The optimizer that comes now measures at its first step, where
+            # the last one left off.
+            current.measure_next_step()
+            continue
+        # LoRA and `quantize` change which parameters a layer trains.
+        _detach(layer, layers)
+        if wrapper is not None:
+            wrapper.attach()
     for layer in layers:
         if not layer.built:
             _wrap_when_built(layer)
-        elif wrapper_of(layer) is not None:
-            # The optimizer that comes now measures at its first step, where
-            # the last one left off.
-            wrapper_of(layer).measure_next_step()
-    for wrapper in wrappers:
-        if wrapper is not None:
-            wrapper.attach()
-    _tell_owners(target, backend.register_parameters)
+    _register_probes(layers)
 
 
 def unwrap(target):
@@ -65,14 +69,11 @@ def unwrap(target):
         TypeError: `target` is neither.
     """
     layers = plain_layers("unwrap", target)
-    _tell_owners(target, backend.forget_parameters)
     for layer in layers:
         build = layer.__dict__.get("build")
         if hasattr(build, "without_adafisher"):
             layer.build = build.without_adafisher
-        wrapper = wrapper_of(layer)
-        if wrapper is not None:
-            wrapper.detach()
+        _detach(layer, layers)
 
 
 def plain_layers(function, target):
@@ -100,7 +101,7 @@ def plain_layers(function, target):
 
 
 def make_wrapper(layer):
-    """A wrapper for a built layer that has none, or why it can't have one.
+    """A new wrapper for a built layer, or why it can't have one.
 
     Args:
         layer: `keras.layers.Layer`.
@@ -109,7 +110,7 @@ def make_wrapper(layer):
         Tuple of a `LayerWrapper` that isn't attached or `None`, and a string
         that is empty if there is one.
     """
-    if "call" in layer.__dict__:
+    if "call" in layer.__dict__ and wrapper_of(layer) is None:
         return None, f"the `call` of {layer.name} was replaced"
     wrapper_class, reason = find_wrapper(layer)
     if wrapper_class is None:
@@ -136,9 +137,24 @@ def _wrap_when_built(layer):
     layer.build = build_and_wrap
 
 
-def _tell_owners(target, tell):
-    """Call `tell(layer, probe_variables)` for each layer that has some."""
-    for layer in plain_layers("wrap", target):
+def _detach(layer, owners):
+    """Take a layer's wrapper off, if it has one.
+
+    Args:
+        layer: `keras.layers.Layer`.
+        owners: List of layers that may know its probes, itself among them.
+    """
+    wrapper = wrapper_of(layer)
+    if wrapper is None:
+        return
+    wrapper.detach()
+    for owner in owners:
+        if owner.built:
+            backend.forget_parameters(owner, wrapper.variables)
+
+
+def _register_probes(layers):
+    for layer in layers:
         variables = [v for v in layer.variables if probe_of(v) is not None]
         if layer.built and variables:
-            tell(layer, variables)
+            backend.register_parameters(layer, variables)

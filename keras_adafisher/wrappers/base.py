@@ -152,6 +152,16 @@ class LayerWrapper(keras.layers.Layer):
         for probe in self.probes:
             probe.ask(True, lambda variable, value: variable.assign(value))
 
+    def has_the_blocks_of(self, other):
+        """Whether another wrapper, or `None`, factors the same parameters."""
+        if other is None:
+            return False
+        return _parameter_ids(self) == _parameter_ids(other)
+
+    def quantize(self, *args, **kwargs):
+        # `Model.quantize` asks every layer. The host quantizes itself.
+        pass
+
     def attach(self):
         """Take the place of the host's `call`."""
         host = self.host
@@ -180,11 +190,19 @@ class LayerWrapper(keras.layers.Layer):
         host.call = call
         host.rematerialized_call = rematerialized_call
 
+        def flatten_layers(*args, **kwargs):
+            layers = type(host)._flatten_layers(host, *args, **kwargs)
+            return (layer for layer in layers if layer is not self)
+
+        # `Model.quantize` passes over a layer that has sub-layers.
+        host._flatten_layers = flatten_layers
+
     def detach(self):
         """Give the host its own `call` back and leave it."""
         host = self.host
         del host.call
         del host.rematerialized_call
+        del host._flatten_layers
         host._tracker.untrack(self)
         delattr(host, _ATTRIBUTE)
 
@@ -203,6 +221,10 @@ class ActivationWrapper(LayerWrapper):
 def wrapper_of(layer):
     """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
     return getattr(layer, _ATTRIBUTE, None)
+
+
+def _parameter_ids(wrapper):
+    return [[id(v) for v in block.parameters] for block in wrapper.blocks]
 
 
 def variable_or_none(kernel):
