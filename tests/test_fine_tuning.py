@@ -11,6 +11,7 @@ from models import weights
 
 import keras_adafisher
 from keras_adafisher.probe import probe_of
+from keras_adafisher.wrappers import DenseBlock
 
 LAYERS = {
     "Dense": (lambda: keras.layers.Dense(3), (4,)),
@@ -176,3 +177,25 @@ def test_a_backbone_is_frozen_and_thawed(is_wrapped_before, rng):
         for w, old in zip(weights(model), values, strict=True)
     ]
     assert all(changed)
+
+
+def test_a_frozen_layer_measures_nothing(rng, monkeypatch):
+    """Not even where the gradient passes through it, to layers below."""
+    measured = set()
+    statistic = DenseBlock.gradient_statistic
+
+    def noted(self, s):
+        measured.add(self.weight.path)
+        return statistic(self, s)
+
+    monkeypatch.setattr(DenseBlock, "gradient_statistic", noted)
+    below, frozen = keras.layers.Dense(3), keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((4,)), below, frozen])
+    frozen.trainable = False
+    x = rng.normal(size=(4, 4)).astype("float32")
+    y = rng.normal(size=(4, 2)).astype("float32")
+    compiled(model).train_on_batch(x, y)
+    assert measured == {below.kernel.path}
+    frozen.trainable = True
+    compiled(model).train_on_batch(x, y)
+    assert measured == {below.kernel.path, frozen.kernel.path}

@@ -107,7 +107,10 @@ class LayerWrapper(keras.layers.Layer):
             `z`, unchanged.
         """
         probe = self._taps[block]
-        return z if probe is None else tap(z, h, probe)
+        # A frozen layer has no optimizer that would turn its requests off.
+        if probe is None or not self.trainable:
+            return z
+        return tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
         """What the host's class computes."""
