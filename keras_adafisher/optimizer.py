@@ -334,6 +334,11 @@ class AdaFisher(keras.optimizers.Optimizer):
             )
         return ops.broadcast_to(self._fisher(index), variable.shape)
 
+    def stop_asking(self):
+        """Ask the layers for no more measurements: training is over."""
+        if self.built:
+            self._request(False)
+
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""
         super().load_own_variables(store)

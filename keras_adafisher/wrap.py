@@ -68,8 +68,21 @@ def unwrap(target):
     Raises:
         TypeError: `target` is neither.
     """
+    unwrap_all_but((), target)
+
+
+def unwrap_all_but(kept, target):
+    """Undo `wrap`, except for some layers.
+
+    Args:
+        kept: Collection of layers, compared by identity.
+        target: `keras.Model` or `keras.layers.Layer`.
+    """
     layers = plain_layers("unwrap", target)
+    kept = {id(layer) for layer in kept}
     for layer in layers:
+        if id(layer) in kept:
+            continue
         build = layer.__dict__.get("build")
         if hasattr(build, "without_adafisher"):
             layer.build = build.without_adafisher

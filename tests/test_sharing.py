@@ -6,12 +6,14 @@ optimizer measures must be what it measures where it is the only one.
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 from models import assert_close
 from models import product_loss
 from models import to_numpy
 
 import keras_adafisher
+from keras_adafisher.probe import probe_of
 
 MEASURING = {"learning_rate": 0.0, "gamma_1": 0.4, "gamma_2": 0.3}
 
@@ -98,6 +100,26 @@ def test_each_of_two_optimizers_measures_as_if_it_were_alone():
     for name in "AB":
         alone = trained_alone([n for n in order if n == name])
         assert_close(pair.fishers(name), alone, 1e-6)
+
+
+# For an optimizer that doesn't know what a probe is, on PyTorch, a probe that
+# isn't asked has no gradient. Keras says so.
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
+@pytest.mark.parametrize("first", "AB")
+def test_compiling_one_model_with_another_optimizer_leaves_the_other(first):
+    pair = Pair()
+    second = "AB".replace(first, "")
+    pair.train([second, first])
+    model = pair.models[first]
+    model.compile(keras.optimizers.SGD(0.0), loss=product_loss)
+    pair.train([first, *[second] * 4, first])
+    assert_close(pair.fishers(second), trained_alone([second] * 5), 1e-6)
+
+    # Of the head that it has for itself, nothing is left wrapped.
+    assert all(probe_of(v) is None for v in model.layers[-1].variables)
+    pair.models[second].compile(keras.optimizers.SGD(0.0), loss=product_loss)
+    for each in pair.models.values():
+        assert all(probe_of(v) is None for v in each.variables)
 
 
 class GAN:
