@@ -8,6 +8,7 @@ from keras_adafisher import backend
 from keras_adafisher.probe import probe_of
 from keras_adafisher.wrappers import find_wrapper
 from keras_adafisher.wrappers import LayerWrapper
+from keras_adafisher.wrappers import warn_of_override
 from keras_adafisher.wrappers import wrapper_of
 
 
@@ -29,6 +30,9 @@ def wrap(target):
     optimizer. Layers that aren't built yet are wrapped when they are. Wrapping
     what is wrapped already changes nothing.
 
+    A layer whose class overrides the `call` of one that has a wrapper isn't
+    wrapped, and a warning says so, once for each such class.
+
     Args:
         target: `keras.Model` or `keras.layers.Layer`.
 
@@ -42,6 +46,9 @@ def wrap(target):
     # All before the first is attached: if one can't be made, the model stays
     # as it is.
     wrappers = [make_wrapper(layer)[0] for layer in built]
+    for layer, wrapper in zip(built, wrappers, strict=True):
+        if wrapper is None:
+            warn_of_override(layer)
     for layer, wrapper in zip(built, wrappers, strict=True):
         current = wrapper_of(layer)
         if current is not None and current.has_the_blocks_of(wrapper):

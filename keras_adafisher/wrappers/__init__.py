@@ -14,6 +14,7 @@ from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
+from keras_adafisher.wrappers.registry import warn_of_override
 
 __all__ = [
     "Block",
@@ -29,5 +30,6 @@ __all__ = [
     "SlopeBlock",
     "find_wrapper",
     "register_wrapper",
+    "warn_of_override",
     "wrapper_of",
 ]

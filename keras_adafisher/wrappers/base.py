@@ -26,6 +26,9 @@ class LayerWrapper(keras.layers.Layer):
     measured. For a layer that computes `tanh(h W)`:
 
     ```python
+    from keras_adafisher.wrappers import DenseBlock
+
+
     @keras_adafisher.register_wrapper(TanhDense)
     class TanhDenseWrapper(keras_adafisher.LayerWrapper):
         def make_blocks(self):
@@ -36,6 +39,8 @@ class LayerWrapper(keras.layers.Layer):
             z = keras.ops.matmul(inputs, self.host.kernel)
             return keras.ops.tanh(self.tap(z, inputs))
     ```
+
+    `keras_adafisher.wrappers` has a block for each kind of linear map.
 
     Args:
         host: The layer, built.
