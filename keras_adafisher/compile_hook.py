@@ -4,22 +4,26 @@ Importing this module changes two attributes of Keras classes, and only for
 models that an AdaFisher trains do they behave differently:
 
 - `compile` wraps the model if its optimizer is an AdaFisher, and unwraps it
-  if an earlier `compile` wrapped it and the optimizer is another one.
+  if an earlier `compile` wrapped it and the optimizer is another one. Layers
+  that it shares with another model that an AdaFisher trains stay wrapped.
 - `Model.trainable_weights` of a wrapped model includes the probes. Keras
   documents it as equal to `trainable_variables`, and the trainers of
   TensorFlow and PyTorch read the one where JAX' reads the other.
 """
 
 import functools
+import weakref
 
 import keras
 
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.probe import probe_of
-from keras_adafisher.wrap import unwrap
+from keras_adafisher.wrap import plain_layers
+from keras_adafisher.wrap import unwrap_all_but
 from keras_adafisher.wrap import wrap
 
-_WRAPPED = "_wrapped_by_adafisher_compile"
+# The models that `compile` has wrapped.
+_wrapped = weakref.WeakSet()
 
 
 def install():
@@ -42,12 +46,21 @@ def _hooked_compile(compile):
         # Before the model is compiled: Keras then notes the state of all of
         # its layers.
         optimizer = keras.optimizers.get(optimizer)
-        if _has_adafisher(optimizer):
+        previous = getattr(self, "optimizer", None)
+        if previous is not optimizer:
+            for adafisher in _adafishers(previous):
+                adafisher.stop_asking()
+        if any(_adafishers(optimizer)):
             wrap(self)
-            setattr(self, _WRAPPED, True)
-        elif getattr(self, _WRAPPED, False):
-            unwrap(self)
-            setattr(self, _WRAPPED, False)
+            _wrapped.add(self)
+        elif self in _wrapped:
+            _wrapped.remove(self)
+            shared = [
+                layer
+                for model in _wrapped
+                for layer in plain_layers("unwrap", model)
+            ]
+            unwrap_all_but(shared, self)
         return compile(self, optimizer, *args, **kwargs)
 
     compile_and_wrap.without_adafisher = compile
@@ -65,12 +78,12 @@ def _hooked_trainable_weights(trainable_weights):
     return property(weights_and_probes)
 
 
-def _has_adafisher(optimizer):
+def _adafishers(optimizer):
+    if isinstance(optimizer, AdaFisher):
+        yield optimizer
     # Of `LossScaleOptimizer` and of `MultiOptimizer`.
     inner = getattr(optimizer, "inner_optimizer", None)
     several = getattr(optimizer, "optimizers", None) or []
-    return isinstance(optimizer, AdaFisher) or any(
-        _has_adafisher(other)
-        for other in (inner, *several)
-        if other is not None
-    )
+    for other in (inner, *several):
+        if other is not None:
+            yield from _adafishers(other)

@@ -348,6 +348,11 @@ class AdaFisher(keras.optimizers.Optimizer):
             )
         return ops.broadcast_to(self._fisher(index), variable.shape)
 
+    def stop_asking(self):
+        """Ask the layers for no more measurements: training is over."""
+        if self.built:
+            self._request(False)
+
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""
         super().load_own_variables(store)
@@ -393,7 +398,7 @@ class AdaFisher(keras.optimizers.Optimizer):
 
     def _request(self, wanted):
         for curvature in self._curvatures:
-            backend.write_request(curvature.probe, wanted, self.assign)
+            curvature.probe.ask(wanted, self.assign, self)
 
     def _answer_of(self, variable, answers):
         answer = answers.get(self._index_of(variable))

@@ -13,14 +13,24 @@ backward pass the tap returns the statistics as *their* gradients:
                gradient of probe.request     ◄── 1
 
 The value of `probe.request` says whether they are wanted. If it is 0, the
-answers are zeros and nothing is computed. Where a layer is called several
-times, autodiff sums the answers, and the sum of the ones tells how many there
-were. No answer at all (an unused layer) sums up to 0.
+answers are zeros and nothing is computed. It has one bit for each optimizer,
+since models that share a layer may each be trained by one of their own.
+
+Where a layer is called several times, autodiff sums the answers, and the sum
+of the ones tells how many there were. No answer at all (an unused layer) sums
+up to 0.
 """
+
+import weakref
 
 from keras import ops
 
 from keras_adafisher import backend
+
+# The number of an optimizer that isn't known yet, and the largest number:
+# float32 holds integers of 24 bits.
+_WHOEVER_COMES = 0
+_LAST = 23
 
 
 class Probe:
@@ -32,15 +42,17 @@ class Probe:
         index: Int, the block's number in its layer.
 
     Attributes:
-        request: Scalar variable, 1 if the next backward pass is to answer,
-            else 0. It starts at 1. Its gradient is the number of answers.
+        request: Scalar variable. The next backward pass is to answer unless
+            it is 0. It is the sum of `2**number` over the optimizers that
+            want an answer. It starts at 1: whichever comes first wants one.
+            Its gradient is the number of answers.
         activation: Variable of the shape of `H`. Its gradient is the sum of
             the answers. The value isn't used.
         gradient: The same for `S`.
         is_tapped: Bool. Whether any forward pass has gone through the tap.
             None does if the layer isn't called, since other code reads its
             weights.
-        listening: Bool. Read instead of `request` on backends that run
+        listening: Int. Used instead of `request` on backends that run
             eagerly, where reading a tensor would wait for the device.
     """
 
@@ -72,11 +84,33 @@ class Probe:
             block.gradient_statistic_shape, "zeros", "gradient"
         )
         self.is_tapped = False
-        self.listening = True
+        self.listening = 1
+        self._numbers = weakref.WeakKeyDictionary()
 
     @property
     def variables(self):
         return [self.request, self.activation, self.gradient]
+
+    def ask(self, wanted, assign, optimizer=None):
+        """Say whether the next backward pass is to answer.
+
+        Args:
+            wanted: Bool or boolean tensor.
+            assign: Callable `(variable, value)`.
+            optimizer: The optimizer that asks. Others that train the same
+                block keep their requests. `None`: on behalf of the one that
+                comes next.
+        """
+        number = _WHOEVER_COMES
+        if optimizer is not None:
+            taken = self._numbers.values()
+            free = (n for n in range(1, _LAST) if n not in taken)
+            if optimizer not in self._numbers:
+                self._numbers[optimizer] = next(free, _LAST)
+            number = self._numbers[optimizer]
+        # An optimizer that asks has come.
+        mask = ~(1 << number | 1 << _WHOEVER_COMES)
+        backend.write_request(self, mask, wanted, 1 << number, assign)
 
 
 def probe_of(variable):

@@ -8,6 +8,7 @@ from keras_adafisher import backend
 from keras_adafisher.probe import probe_of
 from keras_adafisher.wrappers import find_wrapper
 from keras_adafisher.wrappers import LayerWrapper
+from keras_adafisher.wrappers import warn_of_override
 from keras_adafisher.wrappers import wrapper_of
 
 
@@ -29,24 +30,40 @@ def wrap(target):
     optimizer. Layers that aren't built yet are wrapped when they are. Wrapping
     what is wrapped already changes nothing.
 
+    A layer whose class overrides the `call` of one that has a wrapper isn't
+    wrapped, and a warning says so, once for each such class.
+
     Args:
         target: `keras.Model` or `keras.layers.Layer`.
 
     Raises:
         TypeError: `target` is neither.
+        ValueError: The factors of a layer don't broadcast to its parameters.
+            No layer is wrapped then.
     """
-    for layer in plain_layers("wrap", target):
-        if not layer.built:
-            _wrap_when_built(layer)
-        elif wrapper_of(layer) is None:
-            wrapper, _ = make_wrapper(layer)
-            if wrapper is not None:
-                wrapper.attach()
-        else:
+    layers = plain_layers("wrap", target)
+    built = [layer for layer in layers if layer.built]
+    # All before the first is attached: if one can't be made, the model stays
+    # as it is.
+    wrappers = [make_wrapper(layer)[0] for layer in built]
+    for layer, wrapper in zip(built, wrappers, strict=True):
+        if wrapper is None:
+            warn_of_override(layer)
+    for layer, wrapper in zip(built, wrappers, strict=True):
+        current = wrapper_of(layer)
+        if current is not None and current.has_the_blocks_of(wrapper):
             # The optimizer that comes now measures at its first step, where
             # the last one left off.
-            wrapper_of(layer).measure_next_step()
-    _tell_owners(target, backend.register_parameters)
+            current.measure_next_step()
+            continue
+        # LoRA and `quantize` change which parameters a layer trains.
+        _detach(layer, layers)
+        if wrapper is not None:
+            wrapper.attach()
+    for layer in layers:
+        if not layer.built:
+            _wrap_when_built(layer)
+    _register_probes(layers)
 
 
 def unwrap(target):
@@ -58,15 +75,25 @@ def unwrap(target):
     Raises:
         TypeError: `target` is neither.
     """
+    unwrap_all_but((), target)
+
+
+def unwrap_all_but(kept, target):
+    """Undo `wrap`, except for some layers.
+
+    Args:
+        kept: Collection of layers, compared by identity.
+        target: `keras.Model` or `keras.layers.Layer`.
+    """
     layers = plain_layers("unwrap", target)
-    _tell_owners(target, backend.forget_parameters)
+    kept = {id(layer) for layer in kept}
     for layer in layers:
+        if id(layer) in kept:
+            continue
         build = layer.__dict__.get("build")
         if hasattr(build, "without_adafisher"):
             layer.build = build.without_adafisher
-        wrapper = wrapper_of(layer)
-        if wrapper is not None:
-            wrapper.detach()
+        _detach(layer, layers)
 
 
 def plain_layers(function, target):
@@ -94,7 +121,7 @@ def plain_layers(function, target):
 
 
 def make_wrapper(layer):
-    """A wrapper for a built layer that has none, or why it can't have one.
+    """A new wrapper for a built layer, or why it can't have one.
 
     Args:
         layer: `keras.layers.Layer`.
@@ -103,7 +130,7 @@ def make_wrapper(layer):
         Tuple of a `LayerWrapper` that isn't attached or `None`, and a string
         that is empty if there is one.
     """
-    if "call" in layer.__dict__:
+    if "call" in layer.__dict__ and wrapper_of(layer) is None:
         return None, f"the `call` of {layer.name} was replaced"
     wrapper_class, reason = find_wrapper(layer)
     if wrapper_class is None:
@@ -130,9 +157,24 @@ def _wrap_when_built(layer):
     layer.build = build_and_wrap
 
 
-def _tell_owners(target, tell):
-    """Call `tell(layer, probe_variables)` for each layer that has some."""
-    for layer in plain_layers("wrap", target):
+def _detach(layer, owners):
+    """Take a layer's wrapper off, if it has one.
+
+    Args:
+        layer: `keras.layers.Layer`.
+        owners: List of layers that may know its probes, itself among them.
+    """
+    wrapper = wrapper_of(layer)
+    if wrapper is None:
+        return
+    wrapper.detach()
+    for owner in owners:
+        if owner.built:
+            backend.forget_parameters(owner, wrapper.variables)
+
+
+def _register_probes(layers):
+    for layer in layers:
         variables = [v for v in layer.variables if probe_of(v) is not None]
         if layer.built and variables:
-            tell(layer, variables)
+            backend.register_parameters(layer, variables)

@@ -72,6 +72,22 @@ def test_a_new_optimizer_measures_at_its_first_step():
         assert float(keras.ops.max(factor)) < 0.1
 
 
+def test_a_former_optimizer_asks_for_nothing_more():
+    """Or its last request would be answered in every step from then on."""
+    x, y = data()
+    model = mlp()
+    former = keras_adafisher.AdaFisher(factor_update_steps=1)
+    for optimizer in (former, keras_adafisher.AdaFisher()):
+        model.compile(optimizer, loss=cross_entropy())
+        model.train_on_batch(x, y)
+    for variable in model.trainable_variables:
+        probe = probe_of(variable)
+        if probe is not None:
+            is_torch = keras.backend.backend() == "torch"
+            asked = probe.listening if is_torch else probe.request.numpy()
+            assert asked == 0
+
+
 def test_trainable_weights_are_the_trainable_variables():
     model = mlp()
     plain = model.trainable_weights

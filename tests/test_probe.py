@@ -81,7 +81,7 @@ def arrays(rng, *shapes):
 def ask(owner, wanted):
     """As the optimizer does: through the variable, or on the host."""
     owner.probe.request.assign(float(wanted))
-    owner.probe.listening = wanted
+    owner.probe.listening = int(wanted)
 
 
 def test_the_tap_returns_its_input(owner, rng):

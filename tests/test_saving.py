@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -171,3 +173,32 @@ def test_loading_in_safe_mode(tmp_path):
     train(model, batches()[:1])
     model.save(tmp_path / "model.keras")
     keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_goes_on_alone_as_the_original_would(copied):
+    model = compiled()
+    train(model, batches()[:2])
+    before = state(model)
+    twin = copied(model)
+    train(twin, batches()[2:5])
+    assert_same(state(model), before)
+    train(model, batches()[2:5])
+    assert_same(state(model), state(twin))
+
+
+def test_a_clone_is_wrapped_for_itself():
+    model = compiled()
+    train(model, batches()[:2])
+    before = state(model)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    train(clone, batches()[2:5])
+    assert_same(state(model), before)
+    own = {id(v) for v in model.variables}
+    assert len(clone.variables) == len(own)
+    assert not own & {id(v) for v in clone.variables}

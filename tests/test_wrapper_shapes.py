@@ -35,10 +35,15 @@ class ScaledWrapper(keras_adafisher.LayerWrapper):
         return [ScaledBlock(layer.scale, layer.shift, *layer.factor_shapes)]
 
 
-def wrap(*factor_shapes, shift_shape=(3,)):
+def scaled(*factor_shapes, shift_shape=(3,)):
     layer = Scaled(name="my_scale")
     layer.factor_shapes = factor_shapes
     layer.shift_shape = shift_shape
+    return layer
+
+
+def wrap(*factor_shapes, **kwargs):
+    layer = scaled(*factor_shapes, **kwargs)
     layer.build((None, 3))
     keras_adafisher.wrap(layer)
 
@@ -65,3 +70,24 @@ def test_factors_that_do_not_multiply_are_refused():
 def test_a_bias_is_checked_too():
     with pytest.raises(ValueError, match="parameter 'shift' of shape"):
         wrap((3,), (3,), shift_shape=())
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_model_with_one_such_layer_stays_as_it_was(is_built):
+    layers = [
+        keras.layers.Dense(3),
+        keras.layers.Dense(3),
+        scaled((2,), (3,)),
+        keras.layers.Dense(3),
+    ]
+    model = keras.Sequential(layers)
+    if is_built:
+        model.build((None, 3))
+    attributes = [set(vars(layer)) for layer in (model, *layers)]
+    with pytest.raises(ValueError, match=r"Layer '.*my_scale', .*'scale'"):
+        model.compile(keras_adafisher.AdaFisher(), loss="mse")
+        model.build((None, 3))
+    if is_built:
+        assert [set(vars(layer)) for layer in (model, *layers)] == attributes
+        assert not model.compiled
+        assert model.trainable_variables == model.weights

@@ -18,15 +18,19 @@ def is_requested(request):
     return request > 0
 
 
-def write_request(probe, wanted, assign):
-    """Say whether the next backward pass is to answer.
+def write_request(probe, mask, wanted, bit, assign):
+    """Write some bits of a request, and leave the others.
 
     Args:
         probe: `Probe`.
+        mask: Int, the bits to leave.
         wanted: What a comparison with `step_number()` gives.
+        bit: Int, the bit to set if `wanted`.
         assign: Callable `(variable, value)`.
     """
-    assign(probe.request, ops.cast(wanted, "float32"))
+    request = ops.cast(ops.convert_to_tensor(probe.request), "int32")
+    request = ops.bitwise_and(request, mask) + ops.cast(wanted, "int32") * bit
+    assign(probe.request, ops.cast(request, "float32"))
 
 
 def step_number(iterations):

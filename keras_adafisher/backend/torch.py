@@ -9,15 +9,15 @@ import torch
 
 
 def must_tap(probe):
-    return probe.listening and torch.is_grad_enabled()
+    return probe.listening > 0 and torch.is_grad_enabled()
 
 
 def is_requested(request):
     return True
 
 
-def write_request(probe, wanted, assign):
-    probe.listening = wanted
+def write_request(probe, mask, wanted, bit, assign):
+    probe.listening = probe.listening & mask | (bit if wanted else 0)
 
 
 def step_number(iterations):

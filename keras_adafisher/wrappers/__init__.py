@@ -19,6 +19,7 @@ from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.recurrent import RecurrentCellWrapper
 from keras_adafisher.wrappers.registry import find_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper
+from keras_adafisher.wrappers.registry import warn_of_override
 
 __all__ = [
     "Block",
@@ -39,5 +40,6 @@ __all__ = [
     "SlopeBlock",
     "find_wrapper",
     "register_wrapper",
+    "warn_of_override",
     "wrapper_of",
 ]

@@ -26,6 +26,9 @@ class LayerWrapper(keras.layers.Layer):
     measured. For a layer that computes `tanh(h W)`:
 
     ```python
+    from keras_adafisher.wrappers import DenseBlock
+
+
     @keras_adafisher.register_wrapper(TanhDense)
     class TanhDenseWrapper(keras_adafisher.LayerWrapper):
         def make_blocks(self):
@@ -36,6 +39,8 @@ class LayerWrapper(keras.layers.Layer):
             z = keras.ops.matmul(inputs, self.host.kernel)
             return keras.ops.tanh(self.tap(z, inputs))
     ```
+
+    `keras_adafisher.wrappers` has a block for each kind of linear map.
 
     Args:
         host: The layer, built.
@@ -106,7 +111,10 @@ class LayerWrapper(keras.layers.Layer):
             `z`, unchanged.
         """
         probe = self._taps[block]
-        return z if probe is None else tap(z, h, probe)
+        # A frozen layer has no optimizer that would turn its requests off.
+        if probe is None or not self.trainable:
+            return z
+        return tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
         """What the host's class computes."""
@@ -149,9 +157,17 @@ class LayerWrapper(keras.layers.Layer):
     def measure_next_step(self):
         """Ask the probes for an answer."""
         for probe in self.probes:
-            backend.write_request(
-                probe, True, lambda variable, value: variable.assign(value)
-            )
+            probe.ask(True, lambda variable, value: variable.assign(value))
+
+    def has_the_blocks_of(self, other):
+        """Whether another wrapper, or `None`, factors the same parameters."""
+        if other is None:
+            return False
+        return _parameter_ids(self) == _parameter_ids(other)
+
+    def quantize(self, *args, **kwargs):
+        # `Model.quantize` asks every layer. The host quantizes itself.
+        pass
 
     def attach(self):
         """Take the place of the host's `call`."""
@@ -181,11 +197,19 @@ class LayerWrapper(keras.layers.Layer):
         host.call = call
         host.rematerialized_call = rematerialized_call
 
+        def flatten_layers(*args, **kwargs):
+            layers = type(host)._flatten_layers(host, *args, **kwargs)
+            return (layer for layer in layers if layer is not self)
+
+        # `Model.quantize` passes over a layer that has sub-layers.
+        host._flatten_layers = flatten_layers
+
     def detach(self):
         """Give the host its own `call` back and leave it."""
         host = self.host
         del host.call
         del host.rematerialized_call
+        del host._flatten_layers
         host._tracker.untrack(self)
         delattr(host, _ATTRIBUTE)
 
@@ -204,6 +228,10 @@ class ActivationWrapper(LayerWrapper):
 def wrapper_of(layer):
     """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
     return getattr(layer, _ATTRIBUTE, None)
+
+
+def _parameter_ids(wrapper):
+    return [[id(v) for v in block.parameters] for block in wrapper.blocks]
 
 
 def variable_or_none(kernel):

@@ -1,5 +1,8 @@
 """Which wrapper measures which layer class."""
 
+import warnings
+import weakref
+
 import keras
 
 from keras_adafisher.wrappers.base import LayerWrapper
@@ -9,12 +12,24 @@ _WRAPPERS = {}
 # aren't public: from the package's and the class' name.
 _WRAPPERS_BY_NAME = {}
 
+# What decides over the map from a layer's inputs and weights to its output.
+# `convolution_op` is what Keras' convolutions have instead for subclasses.
+_COMPUTATION = ("call", "convolution_op")
+
+# The classes that `warn_of_override` has warned of.
+_warned = weakref.WeakSet()
+
 
 def register_wrapper(layer_class):
     """Class decorator that registers a `LayerWrapper` for a layer class.
 
-    Subclasses of `layer_class` use the same wrapper as long as they keep its
-    `call`. One that overrides `call` needs a wrapper of its own.
+    A subclass of `layer_class` uses the same wrapper as long as it keeps
+    `call` (and a convolution's `convolution_op`). One that overrides it takes
+    AdamW's rule, and wrapping a model that has one warns, once for the class:
+    no code can tell whether what a method does, on its way to
+    `super().call()` and back, leaves the measured `h` and `s` those of the
+    weight. If it does, register the parent's wrapper for the subclass; if
+    not, one of its own. All other methods may be overridden.
 
     Args:
         layer_class: Subclass of `keras.layers.Layer`.
@@ -96,18 +111,53 @@ def find_wrapper(layer):
         empty if there is one.
     """
     cls = type(layer)
-    for registered in cls.__mro__:
-        wrapper_class = _registered_for(registered)
-        if wrapper_class is None:
-            continue
-        if cls.call is not registered.call:
-            return None, (
-                f"{cls.__name__} overrides {registered.__name__}.call"
-            )
-        if layer.quantization_mode is not None:
-            return None, f"quantized to {layer.quantization_mode}"
-        return wrapper_class, ""
-    return None, f"no wrapper for {cls.__name__}"
+    registered = _registered_parent(cls)
+    if registered is None:
+        return None, f"no wrapper for {cls.__name__}"
+    override = _override(cls, registered)
+    if override is not None:
+        return None, f"{cls.__name__} overrides {override}"
+    if layer.quantization_mode is not None:
+        return None, f"quantized to {layer.quantization_mode}"
+    return _registered_for(registered), ""
+
+
+def warn_of_override(layer):
+    """Warn if a layer trains without the factors that its parent has.
+
+    Args:
+        layer: `keras.layers.Layer`.
+    """
+    cls = type(layer)
+    registered = _registered_parent(cls)
+    if registered is None or cls in _warned or not layer.trainable_variables:
+        return
+    override = _override(cls, registered)
+    if override is None:
+        return
+    warnings.warn(
+        f"`{cls.__name__}` overrides `{override}`, so AdaFisher can't know "
+        f"what its weights see. They take AdamW's rule. Decorate a "
+        "`keras_adafisher.LayerWrapper` with "
+        f"`keras_adafisher.register_wrapper({cls.__name__})` to give them "
+        "Kronecker factors.",
+        # The caller of `wrap`.
+        stacklevel=3,
+    )
+    _warned.add(cls)
+
+
+def _registered_parent(cls):
+    parents = (c for c in cls.__mro__ if _registered_for(c) is not None)
+    return next(parents, None)
+
+
+def _override(cls, registered):
+    """Which method a class doesn't share with its parent. `None` if none."""
+    for name in _COMPUTATION:
+        if getattr(cls, name, None) is not getattr(registered, name, None):
+            return f"{registered.__name__}.{name}"
+    return None
 
 
 def _registered_for(cls):
