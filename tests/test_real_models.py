@@ -31,15 +31,13 @@ FAMILIES = {
     "VGG16": 32,
     "Xception": 71,
 }
-# The others compile for up to a minute each.
-FAST_ON_JAX = ("ConvNeXtTiny", "MobileNet", "ResNet50", "VGG16")
+# Twelve families remain for each backend.
+SLOW = {
+    "InceptionResNetV2",
+    # Two minutes of compilation.
+    "DenseNet121" if BACKEND == "jax" else "NASNetMobile",
+}
 CLASSES = 10
-
-
-def is_slow(family):
-    if BACKEND == "jax":
-        return family not in FAST_ON_JAX
-    return family in ("InceptionResNetV2", "NASNetMobile")
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def train_once(model, x, y, loss, **compile_arguments):
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if is_slow(name) else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in FAMILIES
     ],
 )
