@@ -103,7 +103,7 @@ class Probe:
         """
         number = _WHOEVER_COMES
         if optimizer is not None:
-            taken = self._numbers.values()
+            taken = set(self._numbers.values())
             free = (n for n in range(1, _LAST) if n not in taken)
             if optimizer not in self._numbers:
                 self._numbers[optimizer] = next(free, _LAST)

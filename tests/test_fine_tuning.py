@@ -28,7 +28,10 @@ def compiled(model):
     optimizer = keras_adafisher.AdaFisher(
         learning_rate=0.1, damping=0.1, factor_update_steps=1
     )
-    model.compile(optimizer, loss=product_loss)
+    # In a TensorFlow graph without XLA, a run now and then differs from the
+    # others (Keras 3.15, TensorFlow 2.21, with SGD on a plain model as well).
+    jit_compile = keras.backend.backend() != "torch"
+    model.compile(optimizer, loss=product_loss, jit_compile=jit_compile)
     return model
 
 
@@ -125,7 +128,9 @@ def test_a_wrapped_model_is_quantized_as_a_plain_one(name):
         each.quantize("int8", filters=lambda layer: layer.name != "head")
     assert layer.quantization_mode == "int8"
     assert_same(weights(model), weights(plain))
-    assert_same([model.predict(x, verbose=0)], [plain.predict(x, verbose=0)])
+    # The plain model's `predict` isn't compiled by XLA.
+    outputs = [each.predict(x, verbose=0) for each in (model, plain)]
+    assert_close(outputs[:1], outputs[1:], 1e-6)
 
     # What is left to train, trains.
     before = weights(model)

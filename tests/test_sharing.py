@@ -4,6 +4,8 @@ Most tests train with a learning rate of 0: the weights stay, so what one
 optimizer measures must be what it measures where it is the only one.
 """
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -37,7 +39,9 @@ def test_a_siamese_model_trains_as_its_tower_on_both_inputs(rng):
     def train(model, x, r, batch_size):
         tower.set_weights(start)
         optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
-        model.compile(optimizer, loss=product_loss)
+        # Without XLA, TensorFlow doesn't always repeat itself.
+        jit_compile = keras.backend.backend() != "torch"
+        model.compile(optimizer, loss=product_loss, jit_compile=jit_compile)
         model.fit(
             x, r, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
         )
@@ -100,6 +104,33 @@ def test_each_of_two_optimizers_measures_as_if_it_were_alone():
     for name in "AB":
         alone = trained_alone([n for n in order if n == name])
         assert_close(pair.fishers(name), alone, 1e-6)
+
+
+def test_requests_of_many_optimizers_stay_apart():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    keras_adafisher.wrap(layer)
+    probe = next(filter(None, map(probe_of, layer.trainable_variables)))
+
+    def asked():
+        is_torch = keras.backend.backend() == "torch"
+        return probe.listening if is_torch else int(probe.request.numpy())
+
+    def built(count):
+        optimizers = [keras_adafisher.AdaFisher() for _ in range(count)]
+        for optimizer in optimizers:
+            optimizer.build(layer.trainable_variables)
+        return optimizers
+
+    optimizers = built(4)
+    # Numbers of optimizers that are gone are given again.
+    optimizers.pop(0)
+    gc.collect()
+    optimizers += built(2)
+    for optimizer in optimizers:
+        assert asked() > 0
+        optimizer.stop_asking()
+    assert asked() == 0
 
 
 # For an optimizer that doesn't know what a probe is, on PyTorch, a probe that
