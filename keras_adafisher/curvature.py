@@ -57,6 +57,11 @@ class Curvature:
     def values(self):
         return [ops.convert_to_tensor(v) for v in self.variables]
 
+    def assign(self, values, assign):
+        """Set `variables` to new values by `Optimizer.assign`."""
+        for variable, value in zip(self.variables, values, strict=True):
+            assign(variable, value)
+
     def terms(self):
         """Pairs of a parameter and the function for its Fisher diagonal."""
         pairs = [

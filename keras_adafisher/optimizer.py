@@ -281,9 +281,9 @@ class AdaFisher(keras.optimizers.Optimizer):
         # Before Keras counts on.
         step = backend.step_number(self._iterations)
         is_measuring_next = self._is_measuring(step + 1)
-        self._update_factors(answers, step)
-        # For `update_step`.
+        # For `update_step` too.
         self._is_measuring_now = self._is_measuring(step)
+        self._update_factors(answers, step)
         super().apply(parameter_grads, parameters)
         self._is_measuring_now = False
         self._request(is_measuring_next)
@@ -416,9 +416,11 @@ class AdaFisher(keras.optimizers.Optimizer):
         """
         for curvature in self._curvatures:
             backend.release_gradients(curvature.probe.variables)
-        measuring = self._is_measuring(step)
+        measuring = self._is_measuring_now
+        if measuring is False:
+            return
         curvatures = [c for c in self._curvatures if c.is_measured]
-        if measuring is False or not curvatures:
+        if not curvatures:
             return
 
         # All in one list, so that they can travel together.
@@ -470,10 +472,7 @@ class AdaFisher(keras.optimizers.Optimizer):
 
         values = ops.cond(measuring, measured, unchanged)
         for (curvature, _), new_values in zip(answered, values, strict=True):
-            for variable, value in zip(
-                curvature.variables, new_values, strict=True
-            ):
-                self.assign(variable, value)
+            curvature.assign(new_values, self.assign)
 
     def _estimate_factors(self, index, gradient):
         """Estimate what no tap measures from the gradient of a weight.
@@ -486,6 +485,8 @@ class AdaFisher(keras.optimizers.Optimizer):
                 continue
             # `coverage` tells.
             curvature.block.is_estimated = True
+            if self._is_measuring_now is False:
+                continue
             values = ops.cond(
                 self._is_measuring_now,
                 lambda curvature=curvature: curvature.estimated(
@@ -493,10 +494,7 @@ class AdaFisher(keras.optimizers.Optimizer):
                 ),
                 curvature.values,
             )
-            for variable, value in zip(
-                curvature.variables, values, strict=True
-            ):
-                self.assign(variable, value)
+            curvature.assign(values, self.assign)
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")

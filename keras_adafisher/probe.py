@@ -101,16 +101,19 @@ class Probe:
                 block keep their requests. `None`: on behalf of the one that
                 comes next.
         """
-        number = _WHOEVER_COMES
-        if optimizer is not None:
-            taken = set(self._numbers.values())
-            free = (n for n in range(1, _LAST) if n not in taken)
-            if optimizer not in self._numbers:
-                self._numbers[optimizer] = next(free, _LAST)
-            number = self._numbers[optimizer]
+        number = self._number_of(optimizer)
         # An optimizer that asks has come.
         mask = ~(1 << number | 1 << _WHOEVER_COMES)
         backend.write_request(self, mask, wanted, 1 << number, assign)
+
+    def _number_of(self, optimizer):
+        if optimizer is None:
+            return _WHOEVER_COMES
+        if optimizer not in self._numbers:
+            taken = set(self._numbers.values())
+            free = (n for n in range(1, _LAST) if n not in taken)
+            self._numbers[optimizer] = next(free, _LAST)
+        return self._numbers[optimizer]
 
 
 def probe_of(variable):

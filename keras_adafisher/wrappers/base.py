@@ -214,6 +214,16 @@ class LayerWrapper(keras.layers.Layer):
         delattr(host, _ATTRIBUTE)
 
 
+class OutputWrapper(LayerWrapper):
+    """Wrapper of a layer with one block, whose output is the layer's.
+
+    A subclass has to override `make_blocks` only.
+    """
+
+    def call(self, inputs, *args, **kwargs):
+        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)
+
+
 class ActivationWrapper(LayerWrapper):
     """Wrapper of a layer with one block and then its `activation`.
 

@@ -10,6 +10,7 @@ from keras.src.backend.common.masking import set_keras_mask
 
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.dense import DenseBlock
@@ -94,7 +95,7 @@ class ReverseEmbeddingBlock(Block):
 
 
 @register_wrapper(keras.layers.Embedding)
-class EmbeddingWrapper(LayerWrapper):
+class EmbeddingWrapper(OutputWrapper):
     """`Embedding`."""
 
     def make_blocks(self):
@@ -106,9 +107,6 @@ class EmbeddingWrapper(LayerWrapper):
                 outputs=layer.output_dim,
             )
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)
 
 
 @register_wrapper(keras.layers.ReversibleEmbedding)

@@ -1,13 +1,13 @@
 """Layers that scale their channels."""
 
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import register_wrapper_by_name
 
 
 # Of ConvNeXt, in `keras.applications`. It isn't public.
 @register_wrapper_by_name("keras", "LayerScale")
-class LayerScaleWrapper(LayerWrapper):
+class LayerScaleWrapper(OutputWrapper):
     """`z = gamma * h`, elementwise, with one weight per channel.
 
     `H` is the mean of `h²` and `S` the mean of `s²` over all axes but the
@@ -26,6 +26,3 @@ class LayerScaleWrapper(LayerWrapper):
             ScaleBlock(weight, None, (axis,), weight.shape)
             for weight in self.host.weights
         ]
-
-    def call(self, inputs, *args, **kwargs):
-        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_adafisher import factors
 from keras_adafisher.statistics import mean_square
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.registry import register_wrapper
 
@@ -46,7 +46,7 @@ class ScaleBlock(Block):
         return ops.reshape(mean_square(x, axis=others), self.activation_shape)
 
 
-class NormalizationWrapper(LayerWrapper):
+class NormalizationWrapper(OutputWrapper):
     """Layers that normalize and then compute `gamma * x + beta`.
 
     `h` is the layer's input, before it is normalized, and `s` the gradient at
@@ -66,9 +66,6 @@ class NormalizationWrapper(LayerWrapper):
         axis = self.host.axis
         return (axis,) if isinstance(axis, int) else tuple(axis)
 
-    def call(self, inputs, *args, **kwargs):
-        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)
-
 
 register_wrapper(keras.layers.BatchNormalization)(NormalizationWrapper)
 register_wrapper(keras.layers.LayerNormalization)(NormalizationWrapper)
@@ -76,7 +73,7 @@ register_wrapper(keras.layers.GroupNormalization)(NormalizationWrapper)
 
 
 @register_wrapper(keras.layers.RMSNormalization)
-class RMSNormalizationWrapper(LayerWrapper):
+class RMSNormalizationWrapper(OutputWrapper):
     """`RMSNormalization`: a scale without a shift.
 
     Ours, after arXiv 2405.16397, Proposition 3.1: `h` is the layer's input,
@@ -89,6 +86,3 @@ class RMSNormalizationWrapper(LayerWrapper):
         # it belongs to the last axes.
         axis = range(-len(scale.shape), 0)
         return [ScaleBlock(scale, None, axis, scale.shape)]
-
-    def call(self, inputs, *args, **kwargs):
-        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import register_wrapper
 
@@ -21,7 +21,7 @@ class SlopeBlock(ScaleBlock):
 
 
 @register_wrapper(keras.layers.PReLU)
-class PReLUWrapper(LayerWrapper):
+class PReLUWrapper(OutputWrapper):
     """`PReLU`, with and without `shared_axes`."""
 
     def make_blocks(self):
@@ -30,6 +30,3 @@ class PReLUWrapper(LayerWrapper):
         axes = range(1, len(alpha.shape) + 1)
         axis = [axis for axis in axes if axis not in shared]
         return [SlopeBlock(alpha, None, axis, alpha.shape)]
-
-    def call(self, inputs, *args, **kwargs):
-        return self.tap(self.host_call(inputs, *args, **kwargs), inputs)
