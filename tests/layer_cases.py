@@ -14,9 +14,9 @@ import keras_adafisher
 from keras_adafisher.probe import probe_of
 
 GAMMA_1, GAMMA_2, DAMPING = 0.9, 0.05, 1e-3
-# For models of batched matrix products: without XLA, TensorFlow's training
-# steps on the CPU now and then read a weight after its update, with any
-# optimizer (Keras 3.15, TensorFlow 2.21).
+# For models of batched matrix products or of several layers: without XLA,
+# TensorFlow's training steps on the CPU now and then read a weight after its
+# update, with any optimizer (Keras 3.15, TensorFlow 2.21).
 JIT_COMPILE = keras.backend.backend() != "torch"
 
 
@@ -121,8 +121,15 @@ def assert_wrapping_changes_nothing(make_layer, x, **call_arguments):
         )
 
 
+def ramp(model, x):
+    """Labels for which `product_loss` has the gradients from -1 to 1."""
+    output = to_numpy(model(x))
+    y = np.linspace(-1, 1, output.size, dtype="float32").reshape(output.shape)
+    return y * output.size
+
+
 def parameter_gradients(layer, x, jit_compile="auto", **call_arguments):
-    """Gradients of `sum(weights * output)`, by one step of SGD."""
+    """Gradients for the labels `ramp(model, x)`, by one step of SGD."""
     inputs = keras.Input(np.shape(x)[1:], dtype=np.asarray(x).dtype.name)
     model = keras.Model(inputs, layer(inputs, **call_arguments))
     before = copy.deepcopy(layer.get_weights())
@@ -132,9 +139,7 @@ def parameter_gradients(layer, x, jit_compile="auto", **call_arguments):
         jit_compile=jit_compile,
     )
     # `compile` doesn't unwrap: it didn't wrap.
-    output = to_numpy(model(x))
-    y = np.linspace(-1, 1, output.size, dtype="float32").reshape(output.shape)
-    model.train_on_batch(x, y * output.size)
+    model.train_on_batch(x, ramp(model, x))
     after = layer.get_weights()
     gradients = [b - a for a, b in zip(after, before, strict=True)]
     layer.set_weights(before)

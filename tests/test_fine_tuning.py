@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from layer_cases import JIT_COMPILE
 from models import assert_close
 from models import assert_same
 from models import product_loss
@@ -28,10 +29,7 @@ def compiled(model):
     optimizer = keras_adafisher.AdaFisher(
         learning_rate=0.1, damping=0.1, factor_update_steps=1
     )
-    # In a TensorFlow graph without XLA, a run now and then differs from the
-    # others (Keras 3.15, TensorFlow 2.21, with SGD on a plain model as well).
-    jit_compile = keras.backend.backend() != "torch"
-    model.compile(optimizer, loss=product_loss, jit_compile=jit_compile)
+    model.compile(optimizer, loss=product_loss, jit_compile=JIT_COMPILE)
     return model
 
 

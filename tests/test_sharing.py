@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from layer_cases import JIT_COMPILE
 from models import assert_close
 from models import product_loss
 from models import to_numpy
@@ -39,9 +40,7 @@ def test_a_siamese_model_trains_as_its_tower_on_both_inputs(rng):
     def train(model, x, r, batch_size):
         tower.set_weights(start)
         optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
-        # Without XLA, TensorFlow doesn't always repeat itself.
-        jit_compile = keras.backend.backend() != "torch"
-        model.compile(optimizer, loss=product_loss, jit_compile=jit_compile)
+        model.compile(optimizer, loss=product_loss, jit_compile=JIT_COMPILE)
         model.fit(
             x, r, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
         )

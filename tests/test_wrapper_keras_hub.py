@@ -17,6 +17,7 @@ from test_wrapper_layer_scale import expected_fisher
 
 import keras_adafisher
 from keras_adafisher.wrappers import PositionEmbeddingWrapper
+from keras_adafisher.wrappers.experts import EXPERTS
 from keras_adafisher.wrappers.keras_hub import LAYER_SCALES
 from keras_adafisher.wrappers.keras_hub import NORMALIZATIONS
 from keras_adafisher.wrappers.registry import find_wrapper
@@ -68,6 +69,7 @@ def make_layers():
 @pytest.mark.parametrize(
     "name",
     [
+        *EXPERTS,
         *LAYER_SCALES,
         *NORMALIZATIONS,
         "PositionEmbedding",
