@@ -284,6 +284,8 @@ class AdaFisher(keras.optimizers.Optimizer):
         # For `update_step` too.
         self._is_measuring_now = self._is_measuring(step)
         self._update_factors(answers, step)
+        for curvature in self._curvatures:
+            backend.close_tap(curvature.probe)
         super().apply(parameter_grads, parameters)
         self._is_measuring_now = False
         self._request(is_measuring_next)
@@ -414,8 +416,6 @@ class AdaFisher(keras.optimizers.Optimizer):
             answers: Dict from the index of a probe's variable to its gradient.
             step: The number of this step, counted from 0.
         """
-        for curvature in self._curvatures:
-            backend.release_gradients(curvature.probe.variables)
         measuring = self._is_measuring_now
         if measuring is False:
             return
@@ -423,20 +423,16 @@ class AdaFisher(keras.optimizers.Optimizer):
         if not curvatures:
             return
 
+        probes = [curvature.probe for curvature in curvatures]
         # All in one list, so that they can travel together.
-        sums = iter(
-            backend.sum_over_replicas(
-                [
-                    self._answer_of(variable, answers)
-                    for curvature in curvatures
-                    for variable in curvature.probe.variables
-                ]
-            )
+        sums = backend.sum_over_replicas(
+            probes,
+            [
+                [self._answer_of(v, answers) for v in probe.variables]
+                for probe in probes
+            ],
         )
-        answered = [
-            (curvature, [next(sums) for _ in curvature.probe.variables])
-            for curvature in curvatures
-        ]
+        answered = list(zip(curvatures, sums, strict=True))
 
         # The scale of the loss is the scale of `s`.
         scale = self.loss_scale_factor or 1.0

@@ -54,6 +54,8 @@ class Probe:
             weights.
         listening: Int. Used instead of `request` on backends that run
             eagerly, where reading a tensor would wait for the device.
+        process_group: The processes whose answers belong together, where the
+            backend leaves it to the optimizer to sum them up.
     """
 
     def __init__(self, block, add_weight, index=0):
@@ -85,6 +87,8 @@ class Probe:
         )
         self.is_tapped = False
         self.listening = 1
+        self.process_group = None
+        backend.close_tap(self)
         self._numbers = weakref.WeakKeyDictionary()
 
     @property
@@ -133,7 +137,7 @@ def tap(z, h, probe):
         `z`, unchanged.
     """
     probe.is_tapped = True
-    if not backend.must_tap(probe):
+    if not backend.open_tap(probe):
         return z
     block = probe.block
 

@@ -14,6 +14,7 @@ collect_ignore = [
     for name, backends in {
         "test_mirrored_strategy.py": ["tensorflow"],
         "test_torch.py": ["torch"],
+        "test_distributed_torch.py": ["torch"],
         "test_rematerialization.py": ["jax", "torch"],
     }.items()
     if BACKEND not in backends

@@ -101,3 +101,46 @@ def test_layer_torch_params():
     layer = keras.layers.Dense(3)
     layer.build((None, 4))
     assert set(layer.torch_params) == {v.path for v in layer.variables}
+
+
+def test_probes_take_no_gradient_unless_they_measure():
+    """DistributedDataParallel waits for those of all that require one."""
+    x, y = image_data(examples=8)
+    model = cnn()
+    model.compile(
+        keras_adafisher.AdaFisher(factor_update_steps=2), loss=cross_entropy()
+    )
+    probes = [v for v in model.trainable_variables if v.path.count("adafisher")]
+    assert len(probes) == 3 * 4
+    assert not any(v.value.requires_grad for v in probes)
+    model(x[:1])
+    assert all(v.value.requires_grad for v in probes)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+        assert not any(v.value.requires_grad for v in probes)
+
+
+def test_the_parallel_module_whose_forward_runs():
+    """Private to PyTorch: the processes that a model trains with."""
+    seen = []
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            active = torch.nn.parallel.DistributedDataParallel
+            seen.append(active._active_ddp_module)
+            return x * self.weight
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(Module())
+        parallel(torch.ones(1))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [parallel]
+    assert parallel.process_group is not None

@@ -7,13 +7,13 @@ chosen backend's file is imported.
 
 from keras import backend as _keras_backend
 
+from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import forget_parameters
 from keras_adafisher.backend.common import is_requested
-from keras_adafisher.backend.common import must_tap
+from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import register_parameters
-from keras_adafisher.backend.common import release_gradients
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import write_request
@@ -24,22 +24,23 @@ if _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
 elif _keras_backend.backend() == "torch":
+    from keras_adafisher.backend.torch import close_tap
     from keras_adafisher.backend.torch import forget_parameters
     from keras_adafisher.backend.torch import is_requested
-    from keras_adafisher.backend.torch import must_tap
+    from keras_adafisher.backend.torch import open_tap
     from keras_adafisher.backend.torch import register_parameters
-    from keras_adafisher.backend.torch import release_gradients
     from keras_adafisher.backend.torch import step_number
+    from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import write_request
 
 __all__ = [
+    "close_tap",
     "creation_scope",
     "forget_parameters",
     "is_requested",
-    "must_tap",
+    "open_tap",
     "pointwise_conv",
     "register_parameters",
-    "release_gradients",
     "step_number",
     "sum_over_replicas",
     "write_request",

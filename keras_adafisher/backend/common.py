@@ -5,12 +5,18 @@ import contextlib
 from keras import ops
 
 
-def must_tap(probe):
-    """Whether a layer's tap has to be part of this forward pass, a bool.
+def open_tap(probe):
+    """Get a probe ready for a forward pass.
 
-    A traced step is compiled once, for measuring and other steps alike.
+    Returns:
+        Bool. Whether its tap has to be part of that. A traced step is compiled
+        once, for measuring and other steps alike.
     """
     return True
+
+
+def close_tap(probe):
+    """Drop what `open_tap` or a backward pass left on a probe."""
 
 
 def is_requested(request):
@@ -38,18 +44,22 @@ def step_number(iterations):
     return ops.convert_to_tensor(iterations)
 
 
-def sum_over_replicas(tensors):
-    """Sum each tensor over the replicas of a data-parallel step."""
-    return tensors
+def sum_over_replicas(probes, answers):
+    """Sum up the answers of all replicas of a data-parallel step.
+
+    Args:
+        probes: List of `Probe`s.
+        answers: List with the gradients of each probe's `variables`.
+
+    Returns:
+        A list like `answers`, as if one device had seen the whole batch.
+    """
+    return answers
 
 
 def creation_scope(variable):
     """Context in which variables are made that belong to `variable`."""
     return contextlib.nullcontext()
-
-
-def release_gradients(variables):
-    """Drop gradients that the backend keeps on the variables."""
 
 
 def register_parameters(layer, variables):

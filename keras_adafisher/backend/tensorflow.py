@@ -12,13 +12,13 @@ def step_number(iterations):
     return tf.convert_to_tensor(iterations.value)
 
 
-def sum_over_replicas(tensors):
+def sum_over_replicas(probes, answers):
     # A replica's gradients are those of its own part of the batch. One call
     # for the whole list, so that the strategy can batch the transfers.
     replica = tf.distribute.get_replica_context()
     if replica is None or replica.num_replicas_in_sync == 1:
-        return tensors
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+        return answers
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, answers)
 
 
 def creation_scope(variable):

@@ -1,0 +1,47 @@
+"""Scripts that tests run as processes of their own."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT = 120
+
+
+def run(*arguments, **environment):
+    """Run Python, and stop it together with all that it started.
+
+    Args:
+        *arguments: The command line. A path is relative to the project.
+        **environment: Variables to set besides the present ones.
+
+    Returns:
+        What it wrote to its standard output.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            # A window would wait for somebody to close it.
+            "MPLBACKEND": "agg",
+            "COLUMNS": "100",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    assert process.returncode == 0, f"{output}\n{errors}"
+    return output
