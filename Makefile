@@ -6,7 +6,7 @@ BACKENDS := jax tensorflow torch
 VENV := .venv
 BIN := $(VENV)/bin
 # Two processes per backend, one after the other: `PYTEST_ARGS=` for one.
-PYTEST_ARGS ?= --numprocesses 2 --dist loadgroup
+PYTEST_ARGS ?= --numprocesses 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3

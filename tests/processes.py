@@ -1,5 +1,6 @@
 """Scripts that tests run as processes of their own."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -38,10 +39,20 @@ def run(*arguments, **environment):
     )
     try:
         output, errors = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        # torchrun stops its processes, which aren't of its group.
+        process.terminate()
+        process.communicate(timeout=TIMEOUT)
+        raise
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     assert process.returncode == 0, f"{output}\n{errors}"
     return output
+
+
+def differences(output):
+    """What an example of `examples/distributed` found: three numbers."""
+    lines = [line for line in output.splitlines() if "largest diff" in line]
+    assert len(lines) == 3
+    return [float(line.split(":")[1]) for line in lines]

@@ -63,6 +63,24 @@ def train(model, forward, batches):
     return optimizer
 
 
+def train_on_several(epochs):
+    """What one of several processes does."""
+    model = common.make_model()
+    keras_adafisher.wrap(model)
+    parallel = DistributedDataParallel(model)
+    part = batches(epochs, dist.get_rank(), dist.get_world_size())
+    optimizer = train(model, parallel, part)
+    return common.state(model, optimizer)
+
+
+def train_on_one(epochs):
+    """The same on the whole batches."""
+    model = common.make_model()
+    keras_adafisher.wrap(model)
+    optimizer = train(model, model, batches(epochs))
+    return common.state(model, optimizer)
+
+
 def main():
     """Train on several devices, then on one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -73,21 +91,11 @@ def main():
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpus else "gloo")
-    rank, processes = dist.get_rank(), dist.get_world_size()
-
-    model = common.make_model()
-    keras_adafisher.wrap(model)
-    parallel = DistributedDataParallel(model)
-    optimizer = train(model, parallel, batches(epochs, rank, processes))
-    several = common.state(model, optimizer)
+    several = train_on_several(epochs)
+    if dist.get_rank() == 0:
+        one = train_on_one(epochs)
+        common.report(f"{dist.get_world_size()} processes", several, one)
     dist.destroy_process_group()
-
-    if rank == 0:
-        model = common.make_model()
-        keras_adafisher.wrap(model)
-        optimizer = train(model, model, batches(epochs))
-        one = common.state(model, optimizer)
-        common.report(f"{processes} processes", several, one)
 
 
 if __name__ == "__main__":
