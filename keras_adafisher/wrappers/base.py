@@ -186,7 +186,8 @@ class LayerWrapper(keras.layers.Layer):
             cls = type(host)
             return cls.rematerialized_call(host, fresh, *args, **kwargs)
 
-        self.build()
+        if not self.built:
+            self.build()
         # A built layer takes no further state, as a rule. Keras' own
         # `enable_lora()` makes its exception in the same way.
         locked = host._tracker.locked
