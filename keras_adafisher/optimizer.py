@@ -431,6 +431,7 @@ class AdaFisher(keras.optimizers.Optimizer):
                 [self._answer_of(v, answers) for v in probe.variables]
                 for probe in probes
             ],
+            measuring,
         )
         answered = list(zip(curvatures, sums, strict=True))
 

@@ -44,12 +44,14 @@ def step_number(iterations):
     return ops.convert_to_tensor(iterations)
 
 
-def sum_over_replicas(probes, answers):
+def sum_over_replicas(probes, answers, wanted):
     """Sum up the answers of all replicas of a data-parallel step.
 
     Args:
         probes: List of `Probe`s.
         answers: List with the gradients of each probe's `variables`.
+        wanted: Bool or boolean tensor. If false, the sums aren't read, and
+            nothing needs to be sent.
 
     Returns:
         A list like `answers`, as if one device had seen the whole batch.
