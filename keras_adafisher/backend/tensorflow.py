@@ -17,6 +17,11 @@ def step_number(iterations):
     return tf.convert_to_tensor(iterations.value)
 
 
+def in_replica():
+    replica = tf.distribute.get_replica_context()
+    return replica is not None and replica.num_replicas_in_sync > 1
+
+
 def sum_over_replicas(probes, answers, wanted):
     # A replica's gradients are those of its own part of the batch. One call
     # for the whole list, so that the strategy sends them in one piece.
@@ -35,9 +40,9 @@ def sum_over_replicas(probes, answers, wanted):
             lambda: answers,
         )
 
-    replica = tf.distribute.get_replica_context()
-    if replica is None or replica.num_replicas_in_sync == 1:
+    if not in_replica():
         return answers
+    replica = tf.distribute.get_replica_context()
     if (
         # Other strategies have another idea of `call_for_each_replica`.
         not isinstance(replica.strategy, _MIRRORED)
@@ -50,9 +55,28 @@ def sum_over_replicas(probes, answers, wanted):
     return replica.merge_call(all_reduce_if_wanted, args=(answers, wanted))
 
 
+def check_same_strategy(variables, state):
+    own = _strategy_of(state)
+    for variable in variables:
+        strategy = _strategy_of(variable)
+        if strategy is not own:
+            raise ValueError(
+                "A model and its optimizer must be created in the scope of "
+                "the same `tf.distribute` strategy. Create both, and call "
+                "`compile` or `keras_adafisher.wrap`, inside "
+                "`with strategy.scope():`. Received: variable "
+                f"'{variable.path}' with strategy={strategy}, optimizer with "
+                f"strategy={own}"
+            )
+
+
+def _strategy_of(variable):
+    return getattr(variable.value, "distribute_strategy", None)
+
+
 def creation_scope(variable):
     # What is made outside the scope of a model's strategy isn't mirrored.
-    strategy = getattr(variable.value, "distribute_strategy", None)
+    strategy = _strategy_of(variable)
     if strategy is None or strategy is tf.distribute.get_strategy():
         return contextlib.nullcontext()
     return strategy.scope()
