@@ -200,6 +200,7 @@ class AdaFisher(keras.optimizers.Optimizer):
                 "`keras_adafisher.coverage(model)` shows that no layer of "
                 "the model can be factored, use `keras.optimizers.AdamW`."
             )
+        backend.check_same_strategy(variables, self._iterations)
         super().build(variables)
 
         self._is_probe = [probe_of(v) is not None for v in variables]
@@ -243,7 +244,10 @@ class AdaFisher(keras.optimizers.Optimizer):
             for index, variable in enumerate(variables):
                 if averages[index] is None:
                     averages[index] = variable
-        self._request(True)
+        # Built in `apply`, it is by the first replica, which can't write
+        # without the others. `apply` writes the next request in any case.
+        if not backend.in_replica():
+            self._request(True)
 
     def apply(self, grads, trainable_variables=None):
         """Update trainable variables according to provided gradient values.
@@ -431,6 +435,7 @@ class AdaFisher(keras.optimizers.Optimizer):
                 [self._answer_of(v, answers) for v in probe.variables]
                 for probe in probes
             ],
+            measuring,
         )
         answered = list(zip(curvatures, sums, strict=True))
 

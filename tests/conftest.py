@@ -13,6 +13,7 @@ collect_ignore = [
     name
     for name, backends in {
         "test_mirrored_strategy.py": ["tensorflow"],
+        "test_distributed_tensorflow.py": ["tensorflow"],
         "test_torch.py": ["torch"],
         "test_distributed_torch.py": ["torch"],
         "test_rematerialization.py": ["jax", "torch"],

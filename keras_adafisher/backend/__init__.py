@@ -7,9 +7,11 @@ chosen backend's file is imported.
 
 from keras import backend as _keras_backend
 
+from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import forget_parameters
+from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
@@ -19,7 +21,9 @@ from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import write_request
 
 if _keras_backend.backend() == "tensorflow":
+    from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope
+    from keras_adafisher.backend.tensorflow import in_replica
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
@@ -34,9 +38,11 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import write_request
 
 __all__ = [
+    "check_same_strategy",
     "close_tap",
     "creation_scope",
     "forget_parameters",
+    "in_replica",
     "is_requested",
     "open_tap",
     "pointwise_conv",

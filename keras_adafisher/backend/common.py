@@ -17,6 +17,9 @@ def open_tap(probe):
 
 def close_tap(probe):
     """Drop what `open_tap` or a backward pass left on a probe."""
+    # AutoGraph, which converts what a `tf.function` calls, warns of a function
+    # that consists of a docstring.
+    return
 
 
 def is_requested(request):
@@ -44,17 +47,33 @@ def step_number(iterations):
     return ops.convert_to_tensor(iterations)
 
 
-def sum_over_replicas(probes, answers):
+def in_replica():
+    """Whether other threads run this code too, each on its own device."""
+    return False
+
+
+def sum_over_replicas(probes, answers, wanted):
     """Sum up the answers of all replicas of a data-parallel step.
 
     Args:
         probes: List of `Probe`s.
         answers: List with the gradients of each probe's `variables`.
+        wanted: Bool or boolean tensor. If false, the sums aren't read, and
+            nothing needs to be sent.
 
     Returns:
         A list like `answers`, as if one device had seen the whole batch.
     """
     return answers
+
+
+def check_same_strategy(variables, state):
+    """Raise a `ValueError` if not all variables are on the same devices.
+
+    Args:
+        variables: List of the model's variables.
+        state: A variable of the optimizer.
+    """
 
 
 def creation_scope(variable):

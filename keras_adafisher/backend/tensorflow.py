@@ -5,6 +5,11 @@ import contextlib
 import tensorflow as tf
 from keras import ops
 
+_MIRRORED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
+
 
 def step_number(iterations):
     # `ops.convert_to_tensor` returns a variable as it is here, and it would be
@@ -12,18 +17,66 @@ def step_number(iterations):
     return tf.convert_to_tensor(iterations.value)
 
 
-def sum_over_replicas(probes, answers):
-    # A replica's gradients are those of its own part of the batch. One call
-    # for the whole list, so that the strategy can batch the transfers.
+def in_replica():
     replica = tf.distribute.get_replica_context()
-    if replica is None or replica.num_replicas_in_sync == 1:
+    return replica is not None and replica.num_replicas_in_sync > 1
+
+
+def sum_over_replicas(probes, answers, wanted):
+    # A replica's gradients are those of its own part of the batch. One call
+    # for the whole list, so that the strategy sends them in one piece.
+    def all_reduce(answers):
+        replica = tf.distribute.get_replica_context()
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, answers)
+
+    def all_reduce_if_wanted(strategy, answers, wanted):
+        # The same on each replica.
+        wanted = strategy.experimental_local_results(wanted)[0]
+        return tf.cond(
+            wanted,
+            lambda: strategy.extended.call_for_each_replica(
+                all_reduce, args=(answers,)
+            ),
+            lambda: answers,
+        )
+
+    if not in_replica():
         return answers
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, answers)
+    replica = tf.distribute.get_replica_context()
+    if (
+        # Other strategies have another idea of `call_for_each_replica`.
+        not isinstance(replica.strategy, _MIRRORED)
+        # Inside of XLA, replicas can't wait for each other in Python.
+        or tf.__internal__.distribute.strategy_supports_no_merge_call()
+    ):
+        return all_reduce(answers)
+    # TensorFlow refuses a `cond` in a replica if its branches communicate. It
+    # has to be one for all of them, as in Keras' `LossScaleOptimizer`.
+    return replica.merge_call(all_reduce_if_wanted, args=(answers, wanted))
+
+
+def check_same_strategy(variables, state):
+    own = _strategy_of(state)
+    for variable in variables:
+        strategy = _strategy_of(variable)
+        if strategy is not own:
+            raise ValueError(
+                "A model and its optimizer must be created in the scope of "
+                "the same `tf.distribute` strategy. Create both, and call "
+                "`compile` or `keras_adafisher.wrap`, inside "
+                "`with strategy.scope():`. Received: variable "
+                f"'{variable.path}' with strategy={strategy}, optimizer with "
+                f"strategy={own}"
+            )
+
+
+def _strategy_of(variable):
+    return getattr(variable.value, "distribute_strategy", None)
 
 
 def creation_scope(variable):
     # What is made outside the scope of a model's strategy isn't mirrored.
-    strategy = getattr(variable.value, "distribute_strategy", None)
+    strategy = _strategy_of(variable)
     if strategy is None or strategy is tf.distribute.get_strategy():
         return contextlib.nullcontext()
     return strategy.scope()

@@ -36,7 +36,7 @@ def close_tap(probe):
         variable.value.requires_grad_(False)
 
 
-def sum_over_replicas(probes, answers):
+def sum_over_replicas(probes, answers, wanted):
     group = next((p.process_group for p in probes if p.process_group), None)
     if group is None:
         return answers
