@@ -1,8 +1,8 @@
 """All code that knows which backend runs, and why it must.
 
-`common` is what a backend without exceptions does (JAX is one). The other
-files hold the exceptions of their backend, each with its reason. Only the
-chosen backend's file is imported.
+`common` is what a backend without exceptions does. The other files hold the
+exceptions of their backend, each with its reason. Only the chosen backend's
+file is imported.
 """
 
 from keras import backend as _keras_backend
@@ -11,6 +11,8 @@ from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import forget_parameters
 from keras_adafisher.backend.common import is_requested
+from keras_adafisher.backend.common import keep_layout
+from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import register_parameters
@@ -18,7 +20,10 @@ from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import write_request
 
-if _keras_backend.backend() == "tensorflow":
+if _keras_backend.backend() == "jax":
+    from keras_adafisher.backend.jax import keep_layout
+    from keras_adafisher.backend.jax import layout_like
+elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import creation_scope
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
@@ -38,6 +43,8 @@ __all__ = [
     "creation_scope",
     "forget_parameters",
     "is_requested",
+    "keep_layout",
+    "layout_like",
     "open_tap",
     "pointwise_conv",
     "register_parameters",
