@@ -22,18 +22,16 @@ class Curvature:
         # puts them into `blocks_of_weight`.
         self.key = id(block.parameters[0])
         self.blocks_of_weight = [self]
-        self.activation = self._add_factor(
-            probe.activation, block.activation_shape
-        )
-        self.gradient = self._add_factor(probe.gradient, block.gradient_shape)
+        self.activation = self._add_factor("activation", block.activation_shape)
+        self.gradient = self._add_factor("gradient", block.gradient_shape)
         self.variables = [self.activation, self.gradient]
         if block.bias is not None:
             # The factor of the input that is always 1.
-            self.one = self._add_factor(probe.request, ())
+            self.one = self._add_factor("request", ())
             self.variables.append(self.one)
             if block.bias_gradient_shape is not None:
                 self.bias_gradient = self._add(
-                    probe.gradient,
+                    "gradient",
                     block.bias_gradient_shape,
                     "ones",
                     "bias_factor",
@@ -46,10 +44,10 @@ class Curvature:
         """Whether a tap is there for one of the weight's uses."""
         return any(c.probe.is_tapped for c in self.blocks_of_weight)
 
-    def _add_factor(self, reference, shape):
-        return self._add(reference, shape, "ones", "factor")
+    def _add_factor(self, of, shape):
+        return self._add(of, shape, "ones", "factor")
 
-    def _add(self, reference, shape, initializer, what, parameter=None):
+    def _add(self, of, shape, initializer, what, parameter=None):
         if parameter is None:
             parameter = self.block.parameters[0]
         return self._add_variable(
@@ -59,7 +57,7 @@ class Curvature:
             # All replicas write the same value.
             aggregation="only_first_replica",
             layout=backend.layout_like(parameter, shape),
-            name=f"{reference.path.replace('/', '_')}_{what}",
+            name=f"{self.probe.name(of)}_{what}",
         )
 
     def values(self):
@@ -88,8 +86,8 @@ class Curvature:
 
     def add_accumulators(self):
         self.accumulators = [
-            self._add(variable, variable.shape, "zeros", "accumulator")
-            for variable in self.probe.variables
+            self._add(name, shape, "zeros", "accumulator")
+            for name, shape in self.probe.shapes.items()
         ]
 
     def accumulate(self, answer, is_last, assign):
@@ -110,7 +108,7 @@ class Curvature:
         other ways then measured zeros.
 
         Args:
-            answer: The sums over the gradients of `probe.variables`.
+            answer: The sums over the gradients of `probe.inputs`.
             uses: Number of answers that all blocks of the weight gave.
             scale: Float, what the loss was multiplied by.
             gamma_1, gamma_2, epsilon: See `AdaFisher`.

@@ -10,6 +10,7 @@ wrapper, as gradients, in `apply`, and live here as optimizer variables.
 
 import collections
 import numbers
+import warnings
 
 import keras
 from keras import ops
@@ -17,6 +18,7 @@ from keras import ops
 from keras_adafisher import backend
 from keras_adafisher.curvature import Curvature
 from keras_adafisher.probe import probe_of
+from keras_adafisher.probe import probes_at
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
@@ -277,7 +279,7 @@ class AdaFisher(keras.optimizers.Optimizer):
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             index = self._index_of(variable)
             if index is not None and self._is_probe[index]:
-                answers[index] = gradient
+                answers[id(variable)] = gradient
             else:
                 parameters.append(variable)
                 parameter_grads.append(gradient)
@@ -406,18 +408,11 @@ class AdaFisher(keras.optimizers.Optimizer):
         for curvature in self._curvatures:
             curvature.probe.ask(wanted, self.assign, self)
 
-    def _answer_of(self, variable, answers):
-        answer = answers.get(self._index_of(variable))
-        if answer is None:
-            # What JAX gives for a layer that wasn't used.
-            return ops.zeros(variable.shape, "float32")
-        return answer
-
     def _update_factors(self, answers, step):
         """Take in what the probes answered.
 
         Args:
-            answers: Dict from the index of a probe's variable to its gradient.
+            answers: Dict from the id of a probe's variable to its gradient.
             step: The number of this step, counted from 0.
         """
         measuring = self._is_measuring_now
@@ -428,13 +423,18 @@ class AdaFisher(keras.optimizers.Optimizer):
             return
 
         probes = [curvature.probe for curvature in curvatures]
+        if not backend.has_answers(probes):
+            warnings.warn(
+                "AdaFisher is at a step at which it measures its Kronecker "
+                "factors, but no layer has reported anything. Compute the "
+                "gradients by `loss.backward()`: `torch.autograd.grad` "
+                "reaches only the tensors that it is given.",
+                stacklevel=3,
+            )
         # All in one list, so that they can travel together.
         sums = backend.sum_over_replicas(
             probes,
-            [
-                [self._answer_of(v, answers) for v in probe.variables]
-                for probe in probes
-            ],
+            [probe.answer(answers) for probe in probes],
             measuring,
         )
         answered = list(zip(curvatures, sums, strict=True))
@@ -575,13 +575,13 @@ for _class in (AdaFisher, AdaFisherW):
 
 
 def _complete_probes(variables):
-    """The probes whose variables are all in a list, in its order."""
+    """The probes at parameters of a list whose variables are there too."""
     known = {id(variable) for variable in variables}
     probes = {}
     for variable in variables:
-        probe = probe_of(variable)
-        if probe is not None and all(id(v) in known for v in probe.variables):
-            probes[id(probe)] = probe
+        for probe in probes_at(variable):
+            if all(id(v) in known for v in probe.variables):
+                probes[id(probe)] = probe
     return list(probes.values())
 
 

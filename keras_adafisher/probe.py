@@ -2,9 +2,10 @@
 
 Nothing but a gradient can leave a function that JAX differentiates, so the
 statistics leave as one, on all backends. Each factored block owns a probe:
-three small trainable variables. A layer's pre-activation passes through an
-identity, the tap, that takes the probe's variables as further inputs. In the
-backward pass the tap returns the statistics as *their* gradients:
+three small trainable variables (on PyTorch, plain tensors). A layer's
+pre-activation passes through an identity, the tap, that takes them as further
+inputs. In the backward pass the tap returns the statistics as *their*
+gradients:
 
     forward    z ────────────────► z
     backward   dL/dz ◄──────────── s = dL/dz
@@ -34,22 +35,24 @@ _LAST = 23
 
 
 class Probe:
-    """The variables through which one block reports its statistics.
+    """The inputs of the tap through which one block reports its statistics.
 
     Args:
         block: The `Block` that measures.
-        add_weight: Callable with the signature of `Layer.add_weight` and, if
-            the parameters have layouts, the argument `layout` of
-            `keras.Variable`.
+        wrapper: The `LayerWrapper` that owns the probe.
         index: Int, the block's number in its layer.
 
     Attributes:
-        request: Scalar variable. The next backward pass is to answer unless
+        shapes: Dict of the shapes of `request`, `activation`, `gradient`.
+        inputs: List of the three.
+        variables: Those of them that are Keras variables, which have to be
+            differentiated with the parameters: all or, on PyTorch, none.
+        request: Scalar. The next backward pass is to answer unless
             it is 0. It is the sum of `2**number` over the optimizers that
             want an answer. It starts at 1: whichever comes first wants one.
             Its gradient is the number of answers.
-        activation: Variable of the shape of `H`. Its gradient is the sum of
-            the answers. The value isn't used.
+        activation: Of the shape of `H`. Its gradient is the sum of the
+            answers. The value isn't used.
         gradient: The same for `S`.
         is_tapped: Bool. Whether any forward pass has gone through the tap.
             None does if the layer isn't called, since other code reads its
@@ -60,12 +63,16 @@ class Probe:
             backend leaves it to the optimizer to sum them up.
     """
 
-    def __init__(self, block, add_weight, index=0):
-        def add_variable(shape, initializer, what):
+    def __init__(self, block, wrapper, index=0):
+        self.block = block
+        self._owner = wrapper.name
+        self._suffix = f"_{index}" if index else ""
+
+        def add_variable(what, shape):
             layout = backend.layout_like(block.parameters[0], shape)
-            variable = add_weight(
+            variable = wrapper.add_weight(
                 shape=shape,
-                initializer=initializer,
+                initializer="ones" if what == "request" else "zeros",
                 dtype="float32",
                 # Under mixed precision a variable is cast where it is read,
                 # and the tap's zeros and answers would differ in dtype.
@@ -74,30 +81,58 @@ class Probe:
                 # descent direction: no optimizer takes a step along it.
                 overwrite_with_gradient=True,
                 aggregation="only_first_replica",
-                name=f"{what}_{index}" if index else what,
+                name=f"{what}{self._suffix}",
                 **({} if layout is None else {"layout": layout}),
             )
             # How an optimizer that is given the variable finds its way back.
             variable.adafisher_probe = self
             return variable
 
-        self.block = block
-        self.request = add_variable((), "ones", "request")
-        self.activation = add_variable(
-            block.activation_shape, "zeros", "activation"
-        )
-        self.gradient = add_variable(
-            block.gradient_statistic_shape, "zeros", "gradient"
+        self.shapes = {
+            "request": (),
+            "activation": block.activation_shape,
+            "gradient": block.gradient_statistic_shape,
+        }
+        self.inputs, self.variables = backend.make_inputs(
+            block.parameters[0], add_variable, self.shapes
         )
         self.is_tapped = False
         self.listening = 1
         self.process_group = None
-        backend.close_tap(self)
         self._numbers = weakref.WeakKeyDictionary()
 
     @property
-    def variables(self):
-        return [self.request, self.activation, self.gradient]
+    def request(self):
+        return self.inputs[0]
+
+    @property
+    def activation(self):
+        return self.inputs[1]
+
+    @property
+    def gradient(self):
+        return self.inputs[2]
+
+    def name(self, what):
+        """A name for what belongs to the probe, of all that are alike."""
+        return f"{self._owner}_{what}{self._suffix}"
+
+    def answer(self, gradients):
+        """What the backward pass reported, summed over the calls.
+
+        Args:
+            gradients: Dict from the id of each variable of `variables` that
+                has a gradient to that.
+
+        Returns:
+            List of the gradients of `inputs`. Zeros for those without one.
+        """
+        found = backend.gradients_of(self, gradients)
+        return [
+            # What JAX gives for a layer that wasn't used.
+            ops.zeros(shape, "float32") if gradient is None else gradient
+            for shape, gradient in zip(self.shapes.values(), found, strict=True)
+        ]
 
     def ask(self, wanted, assign, optimizer=None):
         """Say whether the next backward pass is to answer.
@@ -125,8 +160,28 @@ class Probe:
 
 
 def probe_of(variable):
-    """The `Probe` that a variable belongs to, `None` for any other."""
+    """The `Probe` that a variable is part of, `None` for a parameter."""
     return getattr(variable, "adafisher_probe", None)
+
+
+def probes_at(parameter):
+    """List of the `Probe`s that measure for a parameter of a wrapped layer."""
+    return getattr(parameter, "adafisher_probes", [])
+
+
+def mark_parameters(probe):
+    """Let `probes_at` find a probe."""
+    for parameter in probe.block.parameters:
+        parameter.adafisher_probes = [*probes_at(parameter), probe]
+
+
+def unmark_parameters(probe):
+    """Undo `mark_parameters`."""
+    for parameter in probe.block.parameters:
+        others = [p for p in probes_at(parameter) if p is not probe]
+        parameter.adafisher_probes = others
+        if not others:
+            del parameter.adafisher_probes
 
 
 def tap(z, h, probe):
@@ -151,9 +206,10 @@ def tap(z, h, probe):
             if upstream is None:
                 # TensorFlow and JAX pass it by position, PyTorch by name.
                 (upstream,) = args
+            backend.drop_stale_answer(probe)
 
             def keep_layout(answers):
-                return tuple(map(backend.keep_layout, answers, probe.variables))
+                return tuple(map(backend.keep_layout, answers, probe.inputs))
 
             def answer():
                 return keep_layout(
@@ -183,5 +239,5 @@ def tap(z, h, probe):
     return identity(
         z,
         ops.stop_gradient(h),
-        *(ops.convert_to_tensor(variable) for variable in probe.variables),
+        *map(ops.convert_to_tensor, probe.inputs),
     )

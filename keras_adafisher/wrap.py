@@ -5,8 +5,6 @@ import functools
 
 import keras
 
-from keras_adafisher import backend
-from keras_adafisher.probe import probe_of
 from keras_adafisher.wrappers import find_wrapper
 from keras_adafisher.wrappers import LayerWrapper
 from keras_adafisher.wrappers import warn_of_override
@@ -58,13 +56,12 @@ def wrap(target):
             current.measure_next_step()
             continue
         # LoRA and `quantize` change which parameters a layer trains.
-        _detach(layer, layers)
+        _detach(layer)
         if wrapper is not None:
             wrapper.attach()
     for layer in layers:
         if not layer.built:
             _wrap_when_built(layer)
-    _register_probes(layers)
 
 
 def unwrap(target):
@@ -94,7 +91,7 @@ def unwrap_all_but(kept, target):
         build = layer.__dict__.get("build")
         if hasattr(build, "without_adafisher"):
             layer.build = build.without_adafisher
-        _detach(layer, layers)
+        _detach(layer)
 
 
 @contextlib.contextmanager
@@ -176,24 +173,8 @@ def _wrap_when_built(layer):
     layer.build = build_and_wrap
 
 
-def _detach(layer, owners):
-    """Take a layer's wrapper off, if it has one.
-
-    Args:
-        layer: `keras.layers.Layer`.
-        owners: List of layers that may know its probes, itself among them.
-    """
+def _detach(layer):
+    """Take a layer's wrapper off, if it has one."""
     wrapper = wrapper_of(layer)
-    if wrapper is None:
-        return
-    wrapper.detach()
-    for owner in owners:
-        if owner.built:
-            backend.forget_parameters(owner, wrapper.variables)
-
-
-def _register_probes(layers):
-    for layer in layers:
-        variables = [v for v in layer.variables if probe_of(v) is not None]
-        if layer.built and variables:
-            backend.register_parameters(layer, variables)
+    if wrapper is not None:
+        wrapper.detach()

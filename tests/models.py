@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_adafisher.probe import probes_at
+
 
 def product_loss(y_true, y_pred):
     """A loss whose gradient is known: `dL/dy_pred = y_true / y_true.size`."""
@@ -50,6 +52,12 @@ def image_data(examples=48, classes=3, seed=0):
 
 def cross_entropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def probes_in(layer):
+    """The probes of what trains in a layer and in all layers inside it."""
+    probes = {id(p): p for v in layer.trainable_variables for p in probes_at(v)}
+    return list(probes.values())
 
 
 def to_numpy(tensor):

@@ -1,9 +1,9 @@
 import keras
 import pytest
 from models import cnn
+from models import probes_in
 
 import keras_adafisher
-from keras_adafisher.probe import probe_of
 
 
 class Slope(keras.layers.Layer):
@@ -71,7 +71,7 @@ def test_factored_fraction_counts_scalars():
 def test_it_is_the_same_before_and_after_wrapping():
     model = small()
     before = keras_adafisher.coverage(model).rows
-    assert all(probe_of(v) is None for v in model.trainable_variables)
+    assert probes_in(model) == []
     keras_adafisher.wrap(model)
     assert keras_adafisher.coverage(model).rows == before
 

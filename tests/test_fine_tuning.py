@@ -6,12 +6,12 @@ import pytest
 from layer_cases import JIT_COMPILE
 from models import assert_close
 from models import assert_same
+from models import probes_in
 from models import product_loss
 from models import to_numpy
 from models import weights
 
 import keras_adafisher
-from keras_adafisher.probe import probe_of
 from keras_adafisher.wrappers import DenseBlock
 
 LAYERS = {
@@ -63,9 +63,8 @@ def kernel_of(layer):
 def probed_parameters(model):
     return {
         id(parameter)
-        for variable in model.trainable_variables
-        if probe_of(variable) is not None
-        for parameter in probe_of(variable).block.parameters
+        for probe in probes_in(model)
+        for parameter in probe.block.parameters
     }
 
 

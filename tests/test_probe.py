@@ -6,8 +6,10 @@ import pytest
 from keras import ops
 from models import to_numpy
 
+from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import probe_of
+from keras_adafisher.probe import probes_at
 from keras_adafisher.probe import tap
 from keras_adafisher.wrappers import DenseBlock
 
@@ -20,7 +22,7 @@ class Owner(keras.layers.Layer):
         self.kernel = self.add_weight(shape=kernel.shape, name="kernel")
         self.kernel.assign(kernel)
         self.block = DenseBlock(self.kernel, None, *kernel.shape)
-        self.probe = Probe(self.block, self.add_weight)
+        self.probe = Probe(self.block, self)
         self.built = True
 
     def call(self, *inputs):
@@ -53,7 +55,12 @@ def gradients(owner, inputs, cotangents, model=None):
         for variable in variables:
             variable.value.grad = None
         loss_of(model(*inputs)).backward()
-        result = [v.value.grad for v in variables]
+        kernel, *answer = (owner.kernel.value, *owner.probe.inputs)
+        names = ("kernel", "request", "activation", "gradient")
+        return {
+            name: None if tensor.grad is None else to_numpy(tensor.grad)
+            for name, tensor in zip(names, (kernel, *answer), strict=True)
+        }
     else:
         import jax
 
@@ -80,7 +87,8 @@ def arrays(rng, *shapes):
 
 def ask(owner, wanted):
     """As the optimizer does: through the variable, or on the host."""
-    owner.probe.request.assign(float(wanted))
+    if owner.probe.variables:
+        owner.probe.request.assign(float(wanted))
     owner.probe.listening = int(wanted)
 
 
@@ -150,6 +158,9 @@ def test_an_unused_layer_does_not_answer(owner, rng):
 
 def test_probes_know_themselves(owner):
     assert probe_of(owner.kernel) is None
+    assert probes_at(owner.kernel) == []
+    mark_parameters(owner.probe)
+    assert probes_at(owner.kernel) == [owner.probe]
     for variable in owner.probe.variables:
         assert probe_of(variable) is owner.probe
         assert variable.overwrite_with_gradient

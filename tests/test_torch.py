@@ -10,6 +10,7 @@ import torch
 from models import cnn
 from models import cross_entropy
 from models import image_data
+from models import probes_in
 
 import keras_adafisher
 
@@ -79,45 +80,103 @@ def test_probes_keep_no_gradient():
     model = cnn()
     model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
     model.train_on_batch(x, y)
-    for variable in model.trainable_variables:
-        if hasattr(variable, "adafisher_probe"):
-            assert variable.value.grad is None
+    probes = probes_in(model)
+    assert len(probes) == 4
+    for probe in probes:
+        assert [tensor.grad for tensor in probe.inputs] == [None] * 3
 
 
-def test_a_modules_parameters_include_the_probes_until_unwrapped():
-    """`zero_grad()` and DistributedDataParallel go by `parameters()`."""
+def test_modules_show_no_probes():
+    """To optimizers of PyTorch, `clip_grad_norm_`, parallel modules, files."""
     model = keras.Sequential([keras.Input((6, 6, 2)), cnn()])
-    plain = len(list(model.parameters()))
+    parameters = [id(p) for p in model.parameters()]
+    names = list(model.state_dict())
     keras_adafisher.wrap(model)
-    known = {id(p) for p in model.parameters()}
-    for variable in model.trainable_variables:
-        assert id(variable.value) in known
-    keras_adafisher.unwrap(model)
-    assert len(list(model.parameters())) == plain
+    assert [id(p) for p in model.parameters()] == parameters
+    assert list(model.state_dict()) == names
+    assert [id(v.value) for v in model.trainable_variables] == [
+        id(v.value) for v in model.weights if v.trainable
+    ]
 
 
-def test_layer_torch_params():
-    """The registry that the package adds its probes to, private to Keras."""
-    layer = keras.layers.Dense(3)
-    layer.build((None, 4))
-    assert set(layer.torch_params) == {v.path for v in layer.variables}
+def backward(model, loss_fn, x, y):
+    loss_fn(y, model(x, training=True)).backward()
 
 
-def test_probes_take_no_gradient_unless_they_measure():
-    """DistributedDataParallel waits for those of all that require one."""
-    x, y = image_data(examples=8)
+def apply(model, optimizer):
+    variables = model.trainable_variables
+    optimizer.apply([v.value.grad for v in variables], variables)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_step_that_is_skipped_leaves_nothing_behind(value):
+    """Once `zero_grad()` has cleared what it did to the weights."""
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    diagonals = []
+    for skips in (False, True):
+        keras.utils.set_random_seed(0)
+        model = cnn()
+        keras_adafisher.wrap(model)
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+        optimizer.build(model.trainable_variables)
+        # Without batch statistics, which the skipped step would change.
+        model.layers[1].trainable = False
+        if skips:
+            backward(model, cross_entropy(), value * x.flip(0) ** 2, y)
+            model.zero_grad()
+        backward(model, cross_entropy(), x, y)
+        apply(model, optimizer)
+        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+    assert torch.equal(*diagonals)
+    assert diagonals[0].max() < 1
+
+
+def test_backward_passes_add_up_until_the_gradients_are_cleared():
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    diagonals = []
+    for parts in (1, 2, 4):
+        keras.utils.set_random_seed(0)
+        model = cnn()
+        model.layers[1].trainable = False
+        keras_adafisher.wrap(model)
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+        optimizer.build(model.trainable_variables)
+        for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            backward(model, cross_entropy(), *part)
+        apply(model, optimizer)
+        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+    for other in diagonals[1:]:
+        torch.testing.assert_close(other, diagonals[0], rtol=1e-6, atol=0)
+
+
+def test_gradients_that_bypass_the_probes_warn():
+    x, y = map(torch.from_numpy, image_data(examples=8))
     model = cnn()
-    model.compile(
-        keras_adafisher.AdaFisher(factor_update_steps=2), loss=cross_entropy()
-    )
-    probes = [v for v in model.trainable_variables if v.path.count("adafisher")]
-    assert len(probes) == 3 * 4
-    assert not any(v.value.requires_grad for v in probes)
-    model(x[:1])
-    assert all(v.value.requires_grad for v in probes)
-    for _ in range(2):
-        model.train_on_batch(x, y)
-        assert not any(v.value.requires_grad for v in probes)
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+
+    def step():
+        loss = cross_entropy()(y, model(x, training=True))
+        values = [v.value for v in variables]
+        optimizer.apply(torch.autograd.grad(loss, values), variables)
+
+    with pytest.warns(UserWarning, match=r"gradients by `loss\.backward\(\)`"):
+        step()
+    step()
+
+
+def test_gradients_for_inputs_only_are_no_measurement():
+    """Those of a gradient penalty, for instance."""
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    model = cnn()
+    keras_adafisher.wrap(model)
+    x.requires_grad_(True)
+    loss = cross_entropy()(y, model(x, training=True))
+    torch.autograd.grad(loss, x)
+    for probe in probes_in(model):
+        assert [tensor.grad for tensor in probe.inputs] == [None] * 3
 
 
 def test_the_parallel_module_whose_forward_runs():

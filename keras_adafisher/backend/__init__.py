@@ -10,14 +10,16 @@ from keras import backend as _keras_backend
 from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import creation_scope
-from keras_adafisher.backend.common import forget_parameters
+from keras_adafisher.backend.common import drop_stale_answer
+from keras_adafisher.backend.common import gradients_of
+from keras_adafisher.backend.common import has_answers
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import layout_like
+from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
-from keras_adafisher.backend.common import register_parameters
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import write_request
@@ -34,10 +36,12 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import sum_over_replicas
 elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
-    from keras_adafisher.backend.torch import forget_parameters
+    from keras_adafisher.backend.torch import drop_stale_answer
+    from keras_adafisher.backend.torch import gradients_of
+    from keras_adafisher.backend.torch import has_answers
     from keras_adafisher.backend.torch import is_requested
+    from keras_adafisher.backend.torch import make_inputs
     from keras_adafisher.backend.torch import open_tap
-    from keras_adafisher.backend.torch import register_parameters
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import write_request
@@ -46,14 +50,16 @@ __all__ = [
     "check_same_strategy",
     "close_tap",
     "creation_scope",
-    "forget_parameters",
+    "drop_stale_answer",
+    "gradients_of",
+    "has_answers",
     "in_replica",
     "is_requested",
     "keep_layout",
     "layout_like",
+    "make_inputs",
     "open_tap",
     "pointwise_conv",
-    "register_parameters",
     "step_number",
     "sum_over_replicas",
     "write_request",

@@ -5,6 +5,41 @@ import contextlib
 from keras import ops
 
 
+def make_inputs(parameter, add_variable, shapes):
+    """Make what a tap takes besides the layer's tensors.
+
+    Args:
+        parameter: `keras.Variable`, one of the layer's.
+        add_variable: Callable `(name, shape)`, which makes a variable of the
+            layer's wrapper.
+        shapes: Dict from name to shape.
+
+    Returns:
+        List of these inputs, and of those that are variables.
+    """
+    variables = [add_variable(name, shape) for name, shape in shapes.items()]
+    return variables, variables
+
+
+def gradients_of(probe, gradients):
+    """The gradients of a probe's inputs, each a tensor or `None`.
+
+    Args:
+        probe: `Probe`.
+        gradients: Dict from the id of a variable to its gradient.
+    """
+    return [gradients.get(id(variable)) for variable in probe.variables]
+
+
+def has_answers(probes):
+    """Whether any of the probes got gradients at all, as far as one can see."""
+    return True
+
+
+def drop_stale_answer(probe):
+    """Called in a backward pass, before a probe answers."""
+
+
 def open_tap(probe):
     """Get a probe ready for a forward pass.
 
@@ -57,7 +92,7 @@ def sum_over_replicas(probes, answers, wanted):
 
     Args:
         probes: List of `Probe`s.
-        answers: List with the gradients of each probe's `variables`.
+        answers: List with the gradients of each probe's `inputs`.
         wanted: Bool or boolean tensor. If false, the sums aren't read, and
             nothing needs to be sent.
 
@@ -99,14 +134,6 @@ def layout_like(parameter, shape):
 def keep_layout(tensor, variable):
     """`tensor`, laid out over devices like the variable it is meant for."""
     return tensor
-
-
-def register_parameters(layer, variables):
-    """Make variables known to `layer` that it got after it was built."""
-
-
-def forget_parameters(layer, variables):
-    """Undo `register_parameters`."""
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):

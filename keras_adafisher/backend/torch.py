@@ -1,39 +1,72 @@
-"""PyTorch's exceptions: it runs eagerly, and modules keep gradients.
+"""PyTorch's exceptions: it runs eagerly, and tensors keep gradients.
 
 A condition on a tensor would make the host wait for the device, once per
 layer and step. So the request is a Python value, the iteration counter is
 read once per step, and a step that doesn't measure has no taps at all.
+
+`backward()` leaves gradients on all tensors that require one, so those that a
+tap takes needn't be parameters. A wrapped module has the `parameters()` and the
+`state_dict()` that it had before: optimizers of PyTorch, `clip_grad_norm_` and
+`DistributedDataParallel` see nothing of a probe.
 """
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 
+def make_inputs(parameter, add_variable, shapes):
+    return _make_inputs(parameter.value.device, shapes), []
+
+
+def _make_inputs(device, shapes):
+    return [
+        torch.zeros(shape, device=device, requires_grad=True)
+        for shape in shapes.values()
+    ]
+
+
+def gradients_of(probe, gradients):
+    return [tensor.grad for tensor in probe.inputs]
+
+
+def has_answers(probes):
+    return any(probe.inputs[0].grad is not None for probe in probes)
+
+
+def drop_stale_answer(probe):
+    # Gradients add up until somebody clears them. `zero_grad()` doesn't know a
+    # probe. But if it has cleared those of the parameters, for instance after
+    # a step that was skipped, then what an earlier backward pass has left here
+    # is outdated too.
+    if all(p.value.grad is None for p in probe.block.parameters):
+        _clear(probe)
+
+
 def open_tap(probe):
     if not probe.listening:
         return False
-    # `DistributedDataParallel` reduces the parameters that it knew when it was
-    # made, and expects a gradient for each at each step. A probe has one at
-    # measuring steps only, so it isn't among them: see `close_tap`. What it
-    # measures is reduced in `sum_over_replicas`. No public name tells which
-    # processes take part. Keep it if a checkpoint runs the layer once more in
-    # the backward pass.
+    # What probes measure is summed up in `sum_over_replicas`. No public name
+    # tells which processes take part. Keep it if a checkpoint runs the layer
+    # once more in the backward pass.
     active = DistributedDataParallel._active_ddp_module
     if active is not None:
         probe.process_group = active.process_group
-    if not torch.is_grad_enabled():
-        return False
-    for variable in probe.variables:
-        variable.value.requires_grad_(True)
-    return True
+    # The parameters may have moved. They begin on the "meta" device if Keras
+    # infers shapes when it builds the layer.
+    device = probe.block.parameters[0].value.device
+    if probe.inputs[0].device != device:
+        probe.inputs = _make_inputs(device, probe.shapes)
+    return torch.is_grad_enabled()
 
 
 def close_tap(probe):
     probe.process_group = None
-    for variable in probe.variables:
-        # Gradients add up in `.grad` until somebody clears them.
-        variable.value.grad = None
-        variable.value.requires_grad_(False)
+    _clear(probe)
+
+
+def _clear(probe):
+    for tensor in probe.inputs:
+        tensor.grad = None
 
 
 def sum_over_replicas(probes, answers, wanted):
@@ -69,16 +102,3 @@ def write_request(probe, mask, wanted, bit, assign):
 
 def step_number(iterations):
     return int(iterations.value)
-
-
-def register_parameters(layer, variables):
-    # `zero_grad()`, `parameters()` and DistributedDataParallel read the
-    # registry that a Keras layer fills when it is built.
-    for variable in variables:
-        layer.torch_params[variable.path] = variable.value
-
-
-def forget_parameters(layer, variables):
-    for variable in variables:
-        if variable.path in layer.torch_params:
-            del layer.torch_params[variable.path]

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 
 from keras_adafisher import backend
+from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import tap
+from keras_adafisher.probe import unmark_parameters
 
 # Where a wrapped layer keeps its wrapper. Keras saves what it finds in a
 # layer's attributes, except under names that begin with two underscores: so a
@@ -74,7 +76,7 @@ class LayerWrapper(keras.layers.Layer):
             probe = None
             if block.parameters:
                 with backend.creation_scope(block.parameters[0]):
-                    probe = Probe(block, self.add_weight, index)
+                    probe = Probe(block, self, index)
                 self.probes.append(probe)
             self._taps.append(probe)
 
@@ -219,6 +221,8 @@ class LayerWrapper(keras.layers.Layer):
         setattr(host, _ATTRIBUTE, self)
         if locked:
             host._tracker.lock()
+        for probe in self.probes:
+            mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
 
@@ -232,6 +236,8 @@ class LayerWrapper(keras.layers.Layer):
     def detach(self):
         """Give the host its own `call` back and leave it."""
         host = self.host
+        for probe in self.probes:
+            unmark_parameters(probe)
         del host.call
         del host.rematerialized_call
         del host._flatten_layers
