@@ -1,14 +1,17 @@
 """`model.compile(optimizer=AdaFisher())` wraps the model.
 
-Importing this module changes two attributes of Keras classes, and only for
-models that an AdaFisher trains do they behave differently:
+`install` changes some attributes of Keras classes, and only for models that an
+AdaFisher trains do they behave differently:
 
 - `compile` wraps the model if its optimizer is an AdaFisher, and unwraps it
   if an earlier `compile` wrapped it and the optimizer is another one. Layers
   that it shares with another model that an AdaFisher trains stay wrapped.
+- `Model.trainable_variables` of a wrapped model has the probes at its end. So
+  `zip` pairs the weights of a wrapped model with those of a plain one.
 - `Model.trainable_weights` of a wrapped model includes the probes. Keras
   documents it as equal to `trainable_variables`, and the trainers of
   TensorFlow and PyTorch read the one where JAX' reads the other.
+- `Model.summary` and `Model.export` see the model without wrappers.
 """
 
 import functools
@@ -20,6 +23,7 @@ from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.probe import probe_of
 from keras_adafisher.wrap import plain_layers
 from keras_adafisher.wrap import unwrap_all_but
+from keras_adafisher.wrap import without_wrappers
 from keras_adafisher.wrap import wrap
 
 # The models that `compile` has wrapped.
@@ -27,7 +31,7 @@ _wrapped = weakref.WeakSet()
 
 
 def install():
-    """Change `compile` and `trainable_weights`. Once is enough."""
+    """Change Keras' classes. Once is enough."""
     # The class that defines `compile`, not `keras.Model`: for Keras, a model
     # with a `compile` other than that one has an override of its user's, and
     # `load_model` then doesn't compile it.
@@ -35,9 +39,14 @@ def install():
     if hasattr(owner.compile, "without_adafisher"):
         return
     owner.compile = _hooked_compile(owner.compile)
+    keras.Model.trainable_variables = _hooked_trainable_variables(
+        keras.Model.trainable_variables
+    )
     keras.Model.trainable_weights = _hooked_trainable_weights(
         keras.Model.trainable_weights
     )
+    keras.Model.summary = _plainly(keras.Model.summary)
+    keras.Model.export = _plainly(keras.Model.export)
 
 
 def _hooked_compile(compile):
@@ -67,6 +76,15 @@ def _hooked_compile(compile):
     return compile_and_wrap
 
 
+def _hooked_trainable_variables(trainable_variables):
+    @functools.wraps(trainable_variables.fget)
+    def weights_then_probes(self):
+        variables = trainable_variables.fget(self)
+        return sorted(variables, key=lambda v: probe_of(v) is not None)
+
+    return property(weights_then_probes)
+
+
 def _hooked_trainable_weights(trainable_weights):
     @functools.wraps(trainable_weights.fget)
     def weights_and_probes(self):
@@ -76,6 +94,15 @@ def _hooked_trainable_weights(trainable_weights):
         return trainable_weights.fget(self)
 
     return property(weights_and_probes)
+
+
+def _plainly(method):
+    @functools.wraps(method)
+    def call_without_wrappers(self, *args, **kwargs):
+        with without_wrappers(self):
+            return method(self, *args, **kwargs)
+
+    return call_without_wrappers
 
 
 def _adafishers(optimizer):

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher import factors
 
 
@@ -31,8 +32,12 @@ class Curvature:
             self.one = self._add_factor(probe.request, ())
             self.variables.append(self.one)
             if block.bias_gradient_shape is not None:
-                self.bias_gradient = self._add_factor(
-                    probe.gradient, block.bias_gradient_shape, "bias_factor"
+                self.bias_gradient = self._add(
+                    probe.gradient,
+                    block.bias_gradient_shape,
+                    "ones",
+                    "bias_factor",
+                    block.bias,
                 )
                 self.variables.append(self.bias_gradient)
 
@@ -41,16 +46,19 @@ class Curvature:
         """Whether a tap is there for one of the weight's uses."""
         return any(c.probe.is_tapped for c in self.blocks_of_weight)
 
-    def _add_factor(self, reference, shape, what="factor"):
-        return self._add(reference, shape, "ones", what)
+    def _add_factor(self, reference, shape):
+        return self._add(reference, shape, "ones", "factor")
 
-    def _add(self, reference, shape, initializer, what):
+    def _add(self, reference, shape, initializer, what, parameter=None):
+        if parameter is None:
+            parameter = self.block.parameters[0]
         return self._add_variable(
             shape=shape,
             initializer=initializer,
             dtype="float32",
             # All replicas write the same value.
             aggregation="only_first_replica",
+            layout=backend.layout_like(parameter, shape),
             name=f"{reference.path.replace('/', '_')}_{what}",
         )
 
@@ -60,7 +68,7 @@ class Curvature:
     def assign(self, values, assign):
         """Set `variables` to new values by `Optimizer.assign`."""
         for variable, value in zip(self.variables, values, strict=True):
-            assign(variable, value)
+            assign(variable, backend.keep_layout(value, variable))
 
     def terms(self):
         """Pairs of a parameter and the function for its Fisher diagonal."""
@@ -150,11 +158,10 @@ class Curvature:
         return self._averaged(measurement, is_usable, gamma_1, gamma_2)
 
     def _averaged(self, measurement, is_usable, gamma_1, gamma_2):
-        return [
-            ops.where(
-                is_usable,
-                factors.running_average(old, new, gamma_1, gamma_2),
-                old,
-            )
-            for old, new in zip(self.values(), measurement, strict=False)
-        ]
+        values = []
+        for variable, new in zip(self.variables, measurement, strict=False):
+            old = ops.convert_to_tensor(variable)
+            new = factors.running_average(old, new, gamma_1, gamma_2)
+            new = ops.where(is_usable, new, old)
+            values.append(backend.keep_layout(new, variable))
+        return values

@@ -38,7 +38,9 @@ class Probe:
 
     Args:
         block: The `Block` that measures.
-        add_weight: Callable with the signature of `Layer.add_weight`.
+        add_weight: Callable with the signature of `Layer.add_weight` and, if
+            the parameters have layouts, the argument `layout` of
+            `keras.Variable`.
         index: Int, the block's number in its layer.
 
     Attributes:
@@ -60,6 +62,7 @@ class Probe:
 
     def __init__(self, block, add_weight, index=0):
         def add_variable(shape, initializer, what):
+            layout = backend.layout_like(block.parameters[0], shape)
             variable = add_weight(
                 shape=shape,
                 initializer=initializer,
@@ -72,6 +75,7 @@ class Probe:
                 overwrite_with_gradient=True,
                 aggregation="only_first_replica",
                 name=f"{what}_{index}" if index else what,
+                **({} if layout is None else {"layout": layout}),
             )
             # How an optimizer that is given the variable finds its way back.
             variable.adafisher_probe = self
@@ -148,11 +152,16 @@ def tap(z, h, probe):
                 # TensorFlow and JAX pass it by position, PyTorch by name.
                 (upstream,) = args
 
+            def keep_layout(answers):
+                return tuple(map(backend.keep_layout, answers, probe.variables))
+
             def answer():
-                return (
-                    ops.ones((), "float32"),
-                    block.activation_statistic(h),
-                    block.gradient_statistic(upstream),
+                return keep_layout(
+                    (
+                        ops.ones((), "float32"),
+                        block.activation_statistic(h),
+                        block.gradient_statistic(upstream),
+                    )
                 )
 
             def silence():
@@ -165,7 +174,7 @@ def tap(z, h, probe):
             answers = ops.cond(backend.is_requested(request), answer, silence)
             # `h` gets no gradient from here: it has its own way back through
             # the layer.
-            return (upstream, None, *answers)
+            return (upstream, None, *keep_layout(answers))
 
         return z, grad
 

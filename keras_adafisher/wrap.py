@@ -1,5 +1,6 @@
 """Wrap a model's layers in place, and undo it."""
 
+import contextlib
 import functools
 
 import keras
@@ -94,6 +95,24 @@ def unwrap_all_but(kept, target):
         if hasattr(build, "without_adafisher"):
             layer.build = build.without_adafisher
         _detach(layer, layers)
+
+
+@contextlib.contextmanager
+def without_wrappers(target):
+    """Context in which no layer is wrapped. Afterwards all are as before.
+
+    Args:
+        target: `keras.layers.Layer`.
+    """
+    layers = plain_layers("without_wrappers", target)
+    wrappers = [w for w in map(wrapper_of, layers) if w is not None]
+    for wrapper in wrappers:
+        wrapper.detach()
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.attach()
 
 
 def plain_layers(function, target):

@@ -1,8 +1,8 @@
 """All code that knows which backend runs, and why it must.
 
-`common` is what a backend without exceptions does (JAX is one). The other
-files hold the exceptions of their backend, each with its reason. Only the
-chosen backend's file is imported.
+`common` is what a backend without exceptions does. The other files hold the
+exceptions of their backend, each with its reason. Only the chosen backend's
+file is imported.
 """
 
 from keras import backend as _keras_backend
@@ -13,6 +13,8 @@ from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import forget_parameters
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
+from keras_adafisher.backend.common import keep_layout
+from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import register_parameters
@@ -20,7 +22,10 @@ from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import write_request
 
-if _keras_backend.backend() == "tensorflow":
+if _keras_backend.backend() == "jax":
+    from keras_adafisher.backend.jax import keep_layout
+    from keras_adafisher.backend.jax import layout_like
+elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope
     from keras_adafisher.backend.tensorflow import in_replica
@@ -44,6 +49,8 @@ __all__ = [
     "forget_parameters",
     "in_replica",
     "is_requested",
+    "keep_layout",
+    "layout_like",
     "open_tap",
     "pointwise_conv",
     "register_parameters",

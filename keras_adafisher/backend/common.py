@@ -81,6 +81,26 @@ def creation_scope(variable):
     return contextlib.nullcontext()
 
 
+def layout_like(parameter, shape):
+    """Layout over devices of what belongs to a parameter.
+
+    Args:
+        parameter: `keras.Variable`.
+        shape: Tuple of ints.
+
+    Returns:
+        What `keras.Variable` takes as `layout`: an axis is split where the
+        parameter is, if they match as in broadcasting and have the same size.
+        `None` if nothing is distributed.
+    """
+    return None
+
+
+def keep_layout(tensor, variable):
+    """`tensor`, laid out over devices like the variable it is meant for."""
+    return tensor
+
+
 def register_parameters(layer, variables):
     """Make variables known to `layer` that it got after it was built."""
 

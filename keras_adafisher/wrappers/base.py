@@ -78,6 +78,30 @@ class LayerWrapper(keras.layers.Layer):
                 self.probes.append(probe)
             self._taps.append(probe)
 
+    def add_weight(self, *args, layout=None, **kwargs):
+        """Add a weight variable to the layer.
+
+        Args:
+            *args: See `keras.layers.Layer.add_weight`.
+            layout: See `keras.Variable`. `None`: what the current
+                distribution gives to a variable of this path.
+            **kwargs: See `keras.layers.Layer.add_weight`.
+        """
+        if layout is None:
+            return super().add_weight(*args, **kwargs)
+        # Keras' `add_weight` has no such argument. With none, it would look
+        # for the path in the user's `LayoutMap`, where a pattern that is meant
+        # for the layer's own weights may match it too.
+        overwrite = kwargs.pop("overwrite_with_gradient", False)
+        with keras.name_scope(self.name, caller=self):
+            variable = keras.Variable(*args, layout=layout, **kwargs)
+        variable.overwrite_with_gradient = overwrite
+        # An attribute is tracked.
+        setattr(self, f"weight_{variable.name}", variable)
+        if not self.trainable:
+            variable.trainable = False
+        return variable
+
     def make_blocks(self):
         """The Kronecker-factored blocks of the host.
 
@@ -186,7 +210,8 @@ class LayerWrapper(keras.layers.Layer):
             cls = type(host)
             return cls.rematerialized_call(host, fresh, *args, **kwargs)
 
-        self.build()
+        if not self.built:
+            self.build()
         # A built layer takes no further state, as a rule. Keras' own
         # `enable_lora()` makes its exception in the same way.
         locked = host._tracker.locked

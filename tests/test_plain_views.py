@@ -1,0 +1,134 @@
+"""A wrapped model looks like a plain one wherever users look at it."""
+
+import keras
+import numpy as np
+import pytest
+from models import assert_same
+from models import cross_entropy
+from models import data
+from models import mlp
+from models import to_numpy
+from models import weights
+
+import keras_adafisher
+
+BACKEND = keras.backend.backend()
+
+
+def trained(steps=3):
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+    model.compile(optimizer, loss=cross_entropy())
+    train(model, steps)
+    return model
+
+
+def train(model, steps):
+    for x, y in [data(seed=seed, examples=8) for seed in range(steps)]:
+        model.train_on_batch(x, y)
+
+
+def state(model):
+    return weights(model) + [to_numpy(v) for v in model.optimizer.variables]
+
+
+def summary_of(model):
+    lines = []
+    model.summary(print_fn=lambda line, **kwargs: lines.append(line))
+    return "\n".join(lines)
+
+
+def test_summary_counts_the_weights():
+    """6·5 + 5 + 5·3 + 3. Without an optimizer there would be no last lines."""
+    summary = summary_of(trained())
+    assert "Trainable params: 53 " in summary
+    assert "Non-trainable params: 0 " in summary
+    assert "adafisher" not in summary
+
+
+def test_summary_of_a_plain_and_of_a_wrapped_model():
+    model = mlp()
+    plain = summary_of(model)
+    keras_adafisher.wrap(model)
+    assert summary_of(model) == plain
+
+
+def test_trainable_variables_pair_up_with_those_of_a_plain_model():
+    """As target networks in reinforcement learning are updated."""
+    model, target = trained(), mlp()
+    names = [v.name for v in target.trainable_variables]
+    assert [v.name for v in model.trainable_variables][:4] == names
+    pairs = zip(
+        target.trainable_variables, model.trainable_variables, strict=False
+    )
+    for old, new in pairs:
+        old.assign(0.5 * to_numpy(old) + 0.5 * to_numpy(new))
+    assert_same(weights(target)[1:2], [w / 2 for w in weights(model)[1:2]])
+
+
+def test_weights_go_both_ways_between_wrapped_and_plain_models():
+    model, target = trained(), mlp()
+    target.set_weights(model.get_weights())
+    assert_same(weights(target), weights(model))
+    model.set_weights(mlp().get_weights())
+
+
+def export_savedmodel(model, path):
+    model.export(path, format="tf_saved_model", verbose=False)
+
+
+# Keras' PyTorch export fails for any optimizer (Keras 3.15).
+@pytest.mark.skipif(BACKEND == "torch", reason="fails in plain Keras")
+def test_an_exported_model_has_no_trace_of_probes(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    model = trained()
+    export_savedmodel(model, tmp_path / "model")
+    loaded = tf.saved_model.load(tmp_path / "model")
+    assert len(loaded.variables) == 4
+    x, _ = data(examples=4)
+    np.testing.assert_allclose(
+        to_numpy(loaded.serve(x)), model.predict(x, verbose=0), rtol=1e-5
+    )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras needs TensorFlow")
+def test_an_exported_lite_model_gives_the_same_outputs(tmp_path):
+    import tensorflow as tf
+
+    model = trained()
+    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
+    lite = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
+    names = " ".join(t["name"] for t in lite.get_tensor_details())
+    assert "request" not in names
+    x, _ = data(examples=1)
+    lite.allocate_tensors()
+    lite.set_tensor(lite.get_input_details()[0]["index"], x)
+    lite.invoke()
+    np.testing.assert_allclose(
+        lite.get_tensor(lite.get_output_details()[0]["index"]),
+        model.predict(x, verbose=0),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_training_goes_on_after_a_look(tmp_path):
+    expected = trained()
+    train(expected, 3)
+    model = trained()
+    summary_of(model)
+    if BACKEND != "torch":
+        export_savedmodel(model, tmp_path / "model")
+    train(model, 3)
+    assert_same(state(model), state(expected))
+
+
+def test_a_failed_export_leaves_the_model_wrapped(tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match="format"):
+        model.export(tmp_path / "model", format="nonsense")
+    train(model, 3)
+    expected = trained()
+    train(expected, 3)
+    assert_same(state(model), state(expected))
