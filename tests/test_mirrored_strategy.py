@@ -1,9 +1,11 @@
 """`tf.distribute.MirroredStrategy`: collected for TensorFlow only."""
 
+import contextlib
 import functools
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from models import assert_close
 from models import cnn
@@ -19,11 +21,11 @@ import keras_adafisher
 STEPS = 12
 
 
-def train(strategy, make_model, batches):
+def train(strategy, make_model, batches, **kwargs):
     """Weights and Fisher diagonals after one step per batch."""
     with strategy.scope():
         model = make_model()
-        optimizer = keras_adafisher.AdaFisher(factor_update_steps=4)
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=4, **kwargs)
         model.compile(optimizer, loss=cross_entropy())
     rng = np.random.default_rng(3)
     model.set_weights([rng.uniform(size=w.shape) for w in model.get_weights()])
@@ -118,3 +120,305 @@ def test_factors_that_are_estimated_from_gradients():
     two, factors_of_two = train(mirrored(), model, batches)
     assert_close(two, one, 1e-6)
     assert_close(factors_of_two, factors_of_one, 1e-6)
+
+
+def scope(is_inside):
+    return mirrored().scope() if is_inside else contextlib.nullcontext()
+
+
+def state(model):
+    """Weights and optimizer variables."""
+    variables = [*model.weights, *model.optimizer.variables]
+    return [to_numpy(variable) for variable in variables]
+
+
+def one_step(strategy, optimizer):
+    """The model after one step, and how far its weights went."""
+    x, y = data(examples=16)
+    with strategy.scope():
+        model = mlp()
+        model.compile(optimizer(), loss=cross_entropy())
+    rng = np.random.default_rng(3)
+    start = [rng.uniform(size=w.shape) for w in model.get_weights()]
+    model.set_weights(start)
+    model.train_on_batch(x, y)
+    steps = [a - b for a, b in zip(start, weights(model), strict=True)]
+    return model, steps
+
+
+def test_synchronized_batch_normalization():
+    """Its statistics are those of the whole batch. (Others are a replica's.)"""
+
+    def model(synchronized):
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 2)),
+                # A bias has no gradient here but noise.
+                keras.layers.Conv2D(4, 3, use_bias=False),
+                keras.layers.BatchNormalization(synchronized=synchronized),
+                keras.layers.Activation("relu"),
+                keras.layers.Flatten(),
+                keras.layers.Dense(3),
+            ]
+        )
+
+    x, y = image_data(examples=16 * STEPS)
+    batches = list(zip(np.split(x, STEPS), np.split(y, STEPS), strict=True))
+    one, factors_of_one = train(
+        tf.distribute.get_strategy(), lambda: model(False), batches
+    )
+    two, factors_of_two = train(mirrored(), lambda: model(True), batches)
+    assert_close(two, one, 2e-6)
+    assert_close(factors_of_two, factors_of_one, 2e-6)
+
+
+@pytest.mark.parametrize("clipping", ["clipnorm", "global_clipnorm"])
+def test_clipping(clipping):
+    """Keras clips a replica's gradients before it sums them up."""
+    arguments = {clipping: 0.05}
+
+    def sgd():
+        return keras.optimizers.SGD(1.0, **arguments)
+
+    def adafisher():
+        return keras_adafisher.AdaFisher(**arguments)
+
+    model, _ = one_step(mirrored(), adafisher)
+    _, gradients = one_step(mirrored(), sgd)
+    momentums = [
+        to_numpy(v)
+        for v in model.optimizer.variables
+        if v.path.endswith("_momentum")
+    ]
+    # After one step, of `beta=0.9`.
+    assert_close(momentums, [0.1 * g for g in gradients], 1e-5)
+    # Of two gradients of norm 0.05 the sum is longer than that. One device
+    # clips the sum.
+    norms = [np.linalg.norm(g) for g in gradients]
+    norm = max(norms) if clipping == "clipnorm" else np.linalg.norm(norms)
+    assert 0.051 < norm < 0.1001
+    _, gradients = one_step(tf.distribute.get_strategy(), sgd)
+    norms = [np.linalg.norm(g) for g in gradients]
+    norm = max(norms) if clipping == "clipnorm" else np.linalg.norm(norms)
+    assert norm < 0.0501
+
+
+def test_weight_decay_and_moving_averages():
+    x, y = data(examples=16 * STEPS)
+    batches = list(zip(np.split(x, STEPS), np.split(y, STEPS), strict=True))
+    arguments = {"weight_decay": 0.01, "use_ema": True}
+    one, _ = train(tf.distribute.get_strategy(), mlp, batches, **arguments)
+    two, _ = train(mirrored(), mlp, batches, **arguments)
+    assert_close(two, one, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"use_ema": True, "ema_overwrite_frequency": 2},
+    ],
+)
+def test_what_keras_refuses_under_the_strategy(arguments):
+    """With all optimizers: Keras communicates inside a `cond` there."""
+    for optimizer in (keras.optimizers.SGD, keras_adafisher.AdaFisher):
+        with pytest.raises(RuntimeError, match="merge_call"):
+            one_step(mirrored(), lambda cls=optimizer: cls(**arguments))
+
+
+def test_compiling_with_xla_on_the_cpu_fails_with_all_optimizers():
+    for optimizer in (keras.optimizers.SGD, keras_adafisher.AdaFisher):
+        with mirrored().scope():
+            model = mlp()
+            model.compile(optimizer(), loss=cross_entropy(), jit_compile=True)
+        with pytest.raises(
+            tf.errors.InvalidArgumentError,
+            match="tfvariable_on_a_different_device",
+        ):
+            model.fit(*data(), batch_size=16, verbose=0)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    def adafisher():
+        return keras_adafisher.AdaFisher(factor_update_steps=4)
+
+    try:
+        keras.config.set_dtype_policy(policy)
+        one, _ = one_step(tf.distribute.get_strategy(), adafisher)
+        two, _ = one_step(mirrored(), adafisher)
+        factors_of_one, factors_of_two = (
+            [
+                to_numpy(v)
+                for v in model.optimizer.variables
+                if v.path.endswith("_factor")
+            ]
+            for model in (one, two)
+        )
+        # Rounded alike, example by example, and summed in float32.
+        assert len(factors_of_one) == 2 * 3
+        assert_close(factors_of_two, factors_of_one, 1e-5)
+        # The weights' gradients are summed in 16 bits.
+        precision = {"mixed_float16": 2e-3, "mixed_bfloat16": 2e-2}[policy]
+        assert_close(weights(two), weights(one), precision)
+
+        is_scaled = isinstance(
+            two.optimizer, keras.optimizers.LossScaleOptimizer
+        )
+        assert is_scaled == (policy == "mixed_float16")
+        if is_scaled:
+            # Then nothing changes but the scale.
+            before = weights(two) + factors_of_two
+            x, y = data(examples=16)
+            x[3] = np.inf
+            two.train_on_batch(x, y)
+            after = weights(two) + [
+                to_numpy(v)
+                for v in two.optimizer.variables
+                if v.path.endswith("_factor")
+            ]
+            assert_close(after, before, 0)
+            assert float(two.optimizer.dynamic_scale.numpy()) == 2.0**14
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("examples", [35, 33])
+def test_a_last_batch_that_does_not_divide(examples):
+    """Keras weighs replicas alike, and so neither the weights nor the factors
+    are those of one device. One example leaves a replica without any.
+    """
+    x, y = data(examples=examples)
+    for optimizer in (
+        keras.optimizers.Adam(),
+        keras_adafisher.AdaFisher(factor_update_steps=1),
+    ):
+        with mirrored().scope():
+            model = mlp()
+            copy = optimizer.from_config(optimizer.get_config())
+            model.compile(copy, loss=cross_entropy())
+        model.fit(x, y, batch_size=16, epochs=2, verbose=0)
+        assert all(np.isfinite(array).all() for array in state(model))
+
+
+@pytest.mark.parametrize(
+    ("saves_inside", "loads_inside"),
+    [(True, True), (False, True), (True, False)],
+)
+def test_saving_and_resuming(saves_inside, loads_inside, tmp_path):
+    x, y = data()
+    loop = {"batch_size": 16, "shuffle": False, "verbose": 0}
+
+    def compiled():
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+        model.compile(optimizer, loss=cross_entropy())
+        return model
+
+    keras.utils.set_random_seed(0)
+    expected = compiled()
+    expected.fit(x, y, epochs=2, **loop)
+
+    keras.utils.set_random_seed(0)
+    with mirrored().scope():
+        model = compiled()
+    model.fit(x, y, **loop)
+    with scope(saves_inside):
+        model.save(tmp_path / "model.keras")
+    with scope(loads_inside):
+        model = keras.models.load_model(tmp_path / "model.keras")
+    model.fit(x, y, **loop)
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    assert replicas == (2 if loads_inside else 1)
+    assert_close(state(model), state(expected), 2e-6)
+
+
+def test_compiling_outside_of_the_scope():
+    """It is enough to create model and optimizer inside."""
+    with mirrored().scope():
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisher()
+    model.compile(optimizer, loss=cross_entropy())
+    model.fit(*data(), batch_size=16, verbose=0)
+    for variable in optimizer.variables:
+        assert variable.value.distribute_strategy is mirrored()
+
+
+def test_compiling_a_model_that_was_created_outside_of_the_scope():
+    model = mlp()
+    with (
+        mirrored().scope(),
+        pytest.raises(ValueError, match=r"inside `with strategy\.scope\(\)"),
+    ):
+        model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    # It isn't wrapped, and one device can train it.
+    assert len(model.trainable_variables) == 4
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.fit(*data(), batch_size=16, verbose=0)
+
+
+@pytest.mark.parametrize("model_is_inside", [False, True])
+def test_model_and_optimizer_of_different_strategies(model_is_inside):
+    with scope(model_is_inside):
+        model = mlp()
+    with scope(not model_is_inside):
+        optimizer = keras_adafisher.AdaFisher()
+    model.compile(optimizer, loss=cross_entropy())
+    start = weights(model)
+    with pytest.raises(ValueError, match=r"inside `with strategy\.scope\(\)"):
+        model.fit(*data(), batch_size=16, verbose=0)
+    # Nothing is half done.
+    assert not optimizer.built
+    assert len(optimizer.variables) == 2
+    assert_close(weights(model), start, 0)
+    with scope(model_is_inside):
+        model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.fit(*data(), batch_size=16, verbose=0)
+
+
+def custom_loop(wraps_inside, builds_before, is_traced):
+    """Weights and optimizer variables after `strategy.run`."""
+    x, y = data()
+    strategy = mirrored()
+    loss_fn = cross_entropy()
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = mlp()
+        model.optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+    with scope(wraps_inside):
+        keras_adafisher.wrap(model)
+    if builds_before:
+        with strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+
+    def replica_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+        variables = model.trainable_variables
+        model.optimizer.apply(tape.gradient(loss, variables), variables)
+
+    def step(x, y):
+        strategy.run(replica_step, args=(x, y))
+
+    if is_traced:
+        step = tf.function(step)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    for batch in strategy.experimental_distribute_dataset(batches):
+        step(*batch)
+    return state(model)
+
+
+def test_custom_loop():
+    keras.utils.set_random_seed(0)
+    expected = mlp()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+    expected.compile(optimizer, loss=cross_entropy())
+    expected.fit(*data(), batch_size=16, shuffle=False, verbose=0)
+    for wraps_inside, builds_before, is_traced in [
+        (True, True, True),
+        (False, True, True),
+        # As Adam may: not in a `tf.function`.
+        (False, False, False),
+    ]:
+        actual = custom_loop(wraps_inside, builds_before, is_traced)
+        assert_close(actual, state(expected), 2e-6)

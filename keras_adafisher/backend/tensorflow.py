@@ -58,28 +58,35 @@ def sum_over_replicas(probes, answers, wanted):
 def check_same_strategy(variables, state):
     own = _strategy_of(state)
     for variable in variables:
-        strategy = _strategy_of(variable)
-        if strategy is not own:
-            raise ValueError(
-                "A model and its optimizer must be created in the scope of "
-                "the same `tf.distribute` strategy. Create both, and call "
-                "`compile` or `keras_adafisher.wrap`, inside "
-                "`with strategy.scope():`. Received: variable "
-                f"'{variable.path}' with strategy={strategy}, optimizer with "
-                f"strategy={own}"
-            )
+        if _strategy_of(variable) is not own:
+            raise _wrong_scope(variable, f"optimizer with strategy={own}")
+
+
+def creation_scope(variable):
+    # What is made outside the scope of a model's strategy isn't mirrored.
+    strategy = _strategy_of(variable)
+    current = tf.distribute.get_strategy()
+    # In a model that is built while it is traced, variables come later.
+    exists = isinstance(variable.value, tf.Variable)
+    if exists and strategy is None and current.num_replicas_in_sync > 1:
+        raise _wrong_scope(variable, f"scope of strategy={current}")
+    if strategy is None or strategy is current:
+        return contextlib.nullcontext()
+    return strategy.scope()
 
 
 def _strategy_of(variable):
     return getattr(variable.value, "distribute_strategy", None)
 
 
-def creation_scope(variable):
-    # What is made outside the scope of a model's strategy isn't mirrored.
-    strategy = _strategy_of(variable)
-    if strategy is None or strategy is tf.distribute.get_strategy():
-        return contextlib.nullcontext()
-    return strategy.scope()
+def _wrong_scope(variable, other):
+    return ValueError(
+        "A model and its optimizer must be created in the scope of the same "
+        "`tf.distribute` strategy. Create both, and call `compile` or "
+        "`keras_adafisher.wrap`, inside `with strategy.scope():`. "
+        f"Received: variable '{variable.path}' with "
+        f"strategy={_strategy_of(variable)}, {other}"
+    )
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):
