@@ -15,7 +15,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models docs-coverage lint format clean \
+.PHONY: demo test test-models docs-coverage docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -41,6 +41,10 @@ test-models: $(VENV)/.test
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
 	$(BIN)/python docs/coverage.py
+
+# Writes the table of docs/distributed.md.
+docs-distributed: $(VENV)/.test
+	$(BIN)/python docs/distributed.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check

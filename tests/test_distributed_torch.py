@@ -39,6 +39,9 @@ def test_distributed_data_parallel():
     # None for a model that isn't parallel.
     assert result["transfers_alone"] == 0
 
+    # If it is, docs/distributed.md can say so, and FSDP2 needs a test.
+    assert not result["is_sharded"]
+
 
 def test_example():
     script = "examples/distributed/torch_ddp.py"

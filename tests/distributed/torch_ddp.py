@@ -21,6 +21,8 @@ from models import cross_entropy
 from models import image_data
 from models import probes_in
 from models import to_numpy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
@@ -110,6 +112,16 @@ def train(
     return arrays, transfers, model
 
 
+def is_sharded():
+    """Whether a Keras model computes with what `fully_shard` makes of it."""
+    model = cnn()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    x, y = image_data(examples=2)
+    outputs = model(torch.from_numpy(x), training=True)
+    cross_entropy()(torch.from_numpy(y), outputs).backward()
+    return any(p.grad is not None for p in model.parameters())
+
+
 def difference(one, other):
     return max(
         float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
@@ -160,6 +172,8 @@ def main():
     first = mine.clone()
     dist.broadcast(first, 0)
     result["difference_of_processes"] = float((mine - first).abs().max())
+
+    result["is_sharded"] = is_sharded()
 
     # Models that aren't parallel don't wait for other processes.
     train(False, steps=1 + rank)
