@@ -24,10 +24,10 @@ def wrap(target):
     ```
 
     The model stays the same object, with the same weights, config, outputs
-    and saved files. Its `trainable_variables` then hold some small variables
-    besides the weights, the probes, through which statistics reach the
-    optimizer. Layers that aren't built yet are wrapped when they are. Wrapping
-    what is wrapped already changes nothing.
+    and saved files. Except on PyTorch, its `trainable_variables` then hold some
+    small variables behind the weights, the probes, through which statistics
+    reach the optimizer. Layers that aren't built yet are wrapped when they
+    are. Wrapping what is wrapped already changes nothing.
 
     A layer whose class overrides the `call` of one that has a wrapper isn't
     wrapped, and a warning says so, once for each such class.
