@@ -35,7 +35,7 @@ class Curvature:
                     block.bias_gradient_shape,
                     "ones",
                     "bias_factor",
-                    block.bias,
+                    [block.bias],
                 )
                 self.variables.append(self.bias_gradient)
 
@@ -47,16 +47,16 @@ class Curvature:
     def _add_factor(self, of, shape):
         return self._add(of, shape, "ones", "factor")
 
-    def _add(self, of, shape, initializer, what, parameter=None):
-        if parameter is None:
-            parameter = self.block.parameters[0]
+    def _add(self, of, shape, initializer, what, parameters=None):
+        if parameters is None:
+            parameters = self.probe.parameters_of(of)
         return self._add_variable(
             shape=shape,
             initializer=initializer,
             dtype="float32",
             # All replicas write the same value.
             aggregation="only_first_replica",
-            layout=backend.layout_like(parameter, shape),
+            layout=backend.layout_like(parameters, shape),
             name=f"{self.probe.name(of)}_{what}",
         )
 

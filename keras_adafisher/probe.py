@@ -69,7 +69,7 @@ class Probe:
         self._suffix = f"_{index}" if index else ""
 
         def add_variable(what, shape):
-            layout = backend.layout_like(block.parameters[0], shape)
+            layout = backend.layout_like(self.parameters_of(what), shape)
             variable = wrapper.add_weight(
                 shape=shape,
                 initializer="ones" if what == "request" else "zeros",
@@ -116,6 +116,11 @@ class Probe:
     def name(self, what):
         """A name for what belongs to the probe, of all that are alike."""
         return f"{self._owner}_{what}{self._suffix}"
+
+    def parameters_of(self, what):
+        """The block's parameters that what is measured is a factor of."""
+        has_both = what == "gradient" and self.block.bias_gradient_shape is None
+        return self.block.parameters[: 2 if has_both else 1]
 
     def answer(self, gradients):
         """What the backward pass reported, summed over the calls.

@@ -16,6 +16,7 @@ collect_ignore = [
         "test_distributed_tensorflow.py": ["tensorflow"],
         "test_torch.py": ["torch"],
         "test_distributed_torch.py": ["torch"],
+        "test_distributed_jax.py": ["jax"],
         "test_rematerialization.py": ["jax", "torch"],
     }.items()
     if BACKEND not in backends

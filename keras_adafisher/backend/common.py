@@ -116,17 +116,17 @@ def creation_scope(variable):
     return contextlib.nullcontext()
 
 
-def layout_like(parameter, shape):
-    """Layout over devices of what belongs to a parameter.
+def layout_like(parameters, shape):
+    """Layout over devices of what is used together with parameters.
 
     Args:
-        parameter: `keras.Variable`.
+        parameters: List of variables.
         shape: Tuple of ints.
 
     Returns:
-        What `keras.Variable` takes as `layout`: an axis is split where the
-        parameter is, if they match as in broadcasting and have the same size.
-        `None` if nothing is distributed.
+        What `keras.Variable` takes as `layout`: an axis is split as those
+        axes of the parameters are that it meets in broadcasting, if they have
+        its size and agree. `None` if nothing is distributed.
     """
     return None
 

@@ -5,20 +5,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 
-def layout_like(parameter, shape):
+def layout_like(parameters, shape):
     distribution = keras.distribution.distribution()
     if distribution is None:
         return None
-    layout = distribution.get_variable_layout(parameter)
-    # `keras.Variable(layout=...)` may have been given one of JAX' own.
-    sharding = getattr(layout, "backend_layout", layout)
-    axes = [None] * len(shape)
-    # From the last axis on. JAX leaves trailing axes out that aren't split.
-    rank = len(parameter.shape)
-    names = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-    for axis in range(1, min(rank, len(shape)) + 1):
-        if shape[-axis] == parameter.shape[-axis]:
-            axes[-axis] = names[-axis]
+    # For each axis what the parameters say of it.
+    found = [set() for _ in shape]
+    for parameter in parameters:
+        layout = distribution.get_variable_layout(parameter)
+        # `keras.Variable(layout=...)` may have been given one of JAX' own.
+        sharding = getattr(layout, "backend_layout", layout)
+        rank = len(parameter.shape)
+        # Trailing axes that aren't split may be left out.
+        names = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
+        # From the last axis on.
+        for axis in range(1, min(rank, len(shape)) + 1):
+            has_axis = shape[-axis] == parameter.shape[-axis]
+            found[-axis].add(names[-axis] if has_axis else None)
+    axes = [names.pop() if len(names) == 1 else None for names in found]
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 

@@ -1,0 +1,138 @@
+"""JAX' distributed engines, `keras.distribution`: collected for JAX only.
+
+JAX makes the devices when it starts, so each script runs in a process of its
+own. Each is started once, and the tests look at what it tells.
+"""
+
+import functools
+import json
+
+import pytest
+from processes import differences
+from processes import run
+
+
+@functools.cache
+def devices():
+    """What `distributed/jax_devices.py` found on eight devices."""
+    output = run("tests/distributed/jax_devices.py")
+    results = [json.loads(line) for line in output.splitlines()]
+    return {result.pop("name"): result for result in results}
+
+
+def test_data_parallel():
+    """The weights, momentums and factors of one device."""
+    result = devices()["DataParallel"]
+    assert result["difference"] <= 2e-6
+    # `H` and `S` of a layer travel together: one transfer for each of the four
+    # layers, in the branch that measures. All gradients travel in one.
+    assert result["inside"] == {"all-reduce": 4}
+    assert result["extra_collectives_measuring"] == 4
+    assert result["extra_collectives_other"] == 0
+    # Of the convolution, the mean square of its 8 x 8 inputs.
+    convolution, hidden, norm, logits = 64 + 16, 144 + 64, 64 + 64, 64 + 16
+    numbers = convolution + hidden + norm + logits
+    assert result["extra_bytes"] == 4 * numbers
+
+
+def test_model_parallel():
+    result = devices()["ModelParallel"]
+    assert result["difference"] <= 2e-6
+    assert result["extra_collectives_other"] == 0
+    # Besides those of the layers three for all layers together, for the
+    # minimum, the maximum and whether all is finite; and the norm's factors,
+    # which are whole where its inputs are split.
+    assert result["inside"] == {"all-reduce": 4 + 3, "all-gather": 2}
+    assert result["extra_bytes"] < 4 * 496
+
+
+def test_what_is_split():
+    """Factors, probes and momentums are split like the parameters."""
+    splits = devices()["ModelParallel"]["splits"]
+    expected = {
+        "sequential/conv/kernel": [None, None, None, "model"],
+        "sequential/conv/bias": ["model"],
+        "sequential_conv_adafisher/gradient": ["model"],
+        "sequential/hidden/kernel": [None, "model"],
+        "sequential/hidden/bias": ["model"],
+        "sequential_hidden_adafisher/gradient": ["model"],
+        "sequential/logits/kernel": ["model", None],
+        "sequential_logits_adafisher/activation": ["model", None],
+        "adafisher/sequential_conv_kernel_momentum": [
+            None,
+            None,
+            None,
+            "model",
+        ],
+        "adafisher/sequential_conv_bias_momentum": ["model"],
+        "adafisher/sequential_hidden_kernel_momentum": [None, "model"],
+        "adafisher/sequential_hidden_bias_momentum": ["model"],
+        "adafisher/sequential_logits_kernel_momentum": ["model", None],
+        "adafisher/sequential_conv_adafisher_gradient_factor": ["model"],
+        "adafisher/sequential_hidden_adafisher_gradient_factor": ["model"],
+        "adafisher/sequential_logits_adafisher_activation_factor": [
+            "model",
+            None,
+        ],
+    }
+    assert splits == expected
+
+
+def test_more_layers():
+    """An embedding, attention and an einsum, with patterns that match probes.
+
+    With gradient accumulation, where answers are added on every step.
+    """
+    result = devices()["more layers"]
+    assert result["difference"] <= 2e-6
+    assert result["extra_collectives_other"] == 0
+    splits = result["splits"]
+    # Axes of (32, 1), (1, 4, 4), (4, 4, 1), (16, 1, 1) and (1, 4, 4).
+    assert splits["adafisher/embedding_adafisher_activation_factor"] == [
+        "model",
+        None,
+    ]
+    heads = [None, "model", None]
+    assert splits["adafisher/mha_query_adafisher_gradient_factor"] == heads
+    heads = ["model", None, None]
+    assert (
+        splits["adafisher/mha_attention_output_adafisher_activation_factor"]
+        == heads
+    )
+    inputs = ["batch", None, None]
+    assert splits["adafisher/einsum_adafisher_activation_factor"] == inputs
+    assert splits["adafisher/einsum_adafisher_gradient_factor"] == [
+        None,
+        "model",
+        None,
+    ]
+    # Its bias is whole.
+    assert "adafisher/up_adafisher_gradient_factor" not in splits
+
+
+def test_layers_that_are_built_late():
+    """Keras gives their variables values, and looks at layouts, afterwards."""
+    result = devices()["late"]
+    assert result["difference"] <= 2e-6
+    factor = "adafisher/late_hidden_late_hidden_adafisher_gradient_factor"
+    assert result["splits"][factor] == ["model"]
+
+
+def test_saving():
+    """A loaded model goes on as if it hadn't been interrupted."""
+    result = devices()["saving"]
+    assert result["is_split"]
+    assert result["difference_resumed"] == 0
+    assert result["difference_resumed_on_one_device"] <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "script", ["jax_model_parallel.py", "jax_processes.py"]
+)
+def test_examples(script):
+    """36 steps, which let rounding grow.
+
+    What `jax_data_parallel.py` does both of them import.
+    """
+    output = run(f"examples/distributed/{script}")
+    assert max(differences(output)) <= 1e-5
