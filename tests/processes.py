@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 def run(*arguments, **environment):
