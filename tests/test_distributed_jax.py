@@ -114,7 +114,7 @@ def test_layers_that_are_built_late():
     """Keras gives their variables values, and looks at layouts, afterwards."""
     result = devices()["late"]
     assert result["difference"] <= 2e-6
-    factor = "adafisher/late_hidden_late_hidden_adafisher_gradient_factor"
+    factor = "adafisher/late_hidden_adafisher_gradient_factor"
     assert result["splits"][factor] == ["model"]
 
 

@@ -12,7 +12,11 @@ import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    # For less time in the compiler. It leaves the collectives alone.
+    " --xla_backend_optimization_level=0"
+)
 os.environ["NPROC"] = "64"  # See `examples/distributed/jax_data_parallel.py`.
 sys.path.insert(
     0, str(pathlib.Path(__file__).parents[2] / "examples" / "distributed")
