@@ -5,6 +5,7 @@ Run by `test_distributed_torch.py` with torchrun. Prints one line of JSON.
 
 import collections
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -185,6 +186,8 @@ def main():
             if "difference" in key:
                 result[key] = max(r[key] for r in every)
         print(json.dumps(result))
+    # Parallel modules don't survive the end of their processes' group.
+    gc.collect()
     dist.destroy_process_group()
 
 
