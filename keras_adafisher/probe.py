@@ -65,7 +65,7 @@ class Probe:
 
     def __init__(self, block, wrapper, index=0):
         self.block = block
-        self._owner = wrapper.name
+        self._owner = wrapper.full_name
         self._suffix = f"_{index}" if index else ""
 
         def add_variable(what, shape):
@@ -184,8 +184,9 @@ def unmark_parameters(probe):
     """Undo `mark_parameters`."""
     for parameter in probe.block.parameters:
         others = [p for p in probes_at(parameter) if p is not probe]
-        parameter.adafisher_probes = others
-        if not others:
+        if others:
+            parameter.adafisher_probes = others
+        else:
             del parameter.adafisher_probes
 
 

@@ -52,12 +52,12 @@ def test_what_is_split():
     expected = {
         "sequential/conv/kernel": [None, None, None, "model"],
         "sequential/conv/bias": ["model"],
-        "sequential_conv_adafisher/gradient": ["model"],
+        "sequential/conv/adafisher/gradient": ["model"],
         "sequential/hidden/kernel": [None, "model"],
         "sequential/hidden/bias": ["model"],
-        "sequential_hidden_adafisher/gradient": ["model"],
+        "sequential/hidden/adafisher/gradient": ["model"],
         "sequential/logits/kernel": ["model", None],
-        "sequential_logits_adafisher/activation": ["model", None],
+        "sequential/logits/adafisher/activation": ["model", None],
         "adafisher/sequential_conv_kernel_momentum": [
             None,
             None,

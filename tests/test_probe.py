@@ -17,6 +17,8 @@ from keras_adafisher.wrappers import DenseBlock
 class Owner(keras.layers.Layer):
     """A dense map with a probe, called as often as it gets inputs."""
 
+    full_name = "owner"
+
     def __init__(self, kernel):
         super().__init__()
         self.kernel = self.add_weight(shape=kernel.shape, name="kernel")

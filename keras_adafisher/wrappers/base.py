@@ -57,10 +57,7 @@ class LayerWrapper(keras.layers.Layer):
     """
 
     def __init__(self, host):
-        # Names of variables must differ wherever a model's variables are kept
-        # by name, and of a layer's names only the full path does.
-        path = (host.path or host.name).replace("/", "_")
-        super().__init__(name=f"{path}_adafisher", trainable=host.trainable)
+        super().__init__(name="adafisher", trainable=host.trainable)
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
         self._all_blocks = self.make_blocks()
@@ -79,6 +76,15 @@ class LayerWrapper(keras.layers.Layer):
                     probe = Probe(block, self, index)
                 self.probes.append(probe)
             self._taps.append(probe)
+
+    @property
+    def full_name(self):
+        """A name that no other wrapper in the model has: the host's path."""
+        return f"{self._host_path}_{self.name}".replace("/", "_")
+
+    @property
+    def _host_path(self):
+        return self.host.path or self.host.name
 
     def add_weight(self, *args, layout=None, **kwargs):
         """Add a weight variable to the layer.
@@ -213,7 +219,12 @@ class LayerWrapper(keras.layers.Layer):
             return cls.rematerialized_call(host, fresh, *args, **kwargs)
 
         if not self.built:
-            self.build()
+            # Where an `OptimizerMap` finds the probes by the pattern that it
+            # has for the host's weights.
+            with keras.name_scope(
+                self.name, caller=self, override_parent=self._host_path
+            ):
+                self.build()
         # A built layer takes no further state, as a rule. Keras' own
         # `enable_lora()` makes its exception in the same way.
         locked = host._tracker.locked

@@ -143,8 +143,8 @@ def transformer_layouts():
     mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
     layouts = keras.distribution.LayoutMap(mesh)
     # These match the probes of their layers too, which have other shapes.
-    layouts["embedding/embeddings|embedding_adafisher.*"] = ("model", None)
-    layouts["up/kernel|up_adafisher/.*"] = (None, "model")
+    layouts["embedding/embeddings|embedding/adafisher.*"] = ("model", None)
+    layouts["up/kernel|up/adafisher/.*"] = (None, "model")
     layouts["mha.*(query|key|value).*"] = (None, "model", None)
     layouts["mha/attention_output/kernel"] = ("model", None, None)
     layouts["einsum/kernel"] = ("batch", "model", None)
@@ -197,7 +197,7 @@ def late():
     devices = keras.distribution.list_devices()
     mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
     layouts = keras.distribution.LayoutMap(mesh)
-    layouts[".*hidden/kernel|.*hidden_adafisher.*"] = (None, "model")
+    layouts[".*hidden/kernel|.*hidden/adafisher.*"] = (None, "model")
     layouts[".*hidden/bias"] = ("model",)
     distribution = keras.distribution.ModelParallel(
         layout_map=layouts, batch_dim_name="batch"
