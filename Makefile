@@ -15,7 +15,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models docs-coverage docs-distributed lint format clean \
+.PHONY: demo test test-models docs-coverage \
+  docs-compatibility docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -41,6 +42,10 @@ test-models: $(VENV)/.test
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
 	$(BIN)/python docs/coverage.py
+
+# Writes docs/compatibility.md.
+docs-compatibility: $(VENV)/.test
+	$(BIN)/python docs/compatibility.py
 
 # Writes the table of docs/distributed.md.
 docs-distributed: $(VENV)/.test
