@@ -92,7 +92,10 @@ def test_an_exported_model_has_no_trace_of_probes(tmp_path):
     )
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras needs TensorFlow")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="not tried: needs TensorFlow or litert-torch",
+)
 def test_an_exported_lite_model_gives_the_same_outputs(tmp_path):
     import tensorflow as tf
 
