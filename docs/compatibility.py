@@ -164,10 +164,8 @@ def main():
         "Written by `make docs-compatibility` (`docs/compatibility.py`), which "
         "runs the",
         'tests named here. Where a cell isn\'t "yes", it says why the test '
-        "doesn't run: in",
-        "each case other optimizers can't do it there either. Several devices: "
-        "see",
-        "[distributed.md](distributed.md).",
+        "doesn't run",
+        "there. Several devices: see [distributed.md](distributed.md).",
     ]
     for title, features in FEATURES.items():
         lines += [
