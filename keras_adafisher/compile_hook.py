@@ -9,8 +9,8 @@ AdaFisher trains do they behave differently:
 - `Model.trainable_variables` of a wrapped model has the probes at its end. So
   `zip` pairs the weights of a wrapped model with those of a plain one.
 - `Model.trainable_weights` of a wrapped model includes the probes. Keras
-  documents it as equal to `trainable_variables`, and the trainers of
-  TensorFlow and PyTorch read the one where JAX' reads the other.
+  documents it as equal to `trainable_variables`, and TensorFlow's trainer reads
+  the one where JAX' reads the other. (On PyTorch a model has no probes.)
 - `Model.summary` and `Model.export` see the model without wrappers.
 """
 

@@ -58,26 +58,34 @@ def state(model, optimizer):
     return {v.path: keras.ops.convert_to_numpy(v) for v in variables}
 
 
+def difference(several, one):
+    """The largest difference of an entry, relative to its array's largest.
+
+    Args:
+        several, one: Iterables of arrays.
+
+    Returns:
+        A float, NaN if any entry is.
+    """
+    # NumPy's maximum, since Python's passes over NaN.
+    return float(
+        np.max(
+            [
+                np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+                for a, b in zip(several, one, strict=True)
+            ]
+        )
+    )
+
+
 def report(devices, several, one):
     """Print how far training on several devices is from that on one.
 
     Args:
         devices: String, what trained.
         several, one: What `state` returned for each.
-
-    Returns:
-        The largest difference of an entry, relative to the largest entry of
-        its array.
     """
-
-    def difference(a, b):
-        return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-
-    differences = {
-        "weights": [0.0],
-        "momentums": [0.0],
-        "Kronecker factors": [0.0],
-    }
+    pairs = {"weights": [], "momentums": [], "Kronecker factors": []}
     for (path, a), b in zip(several.items(), one.values(), strict=True):
         if path.endswith(("iteration", "learning_rate")):
             continue
@@ -86,10 +94,8 @@ def report(devices, several, one):
             kind = "momentums"
         elif path.endswith("_factor"):
             kind = "Kronecker factors"
-        differences[kind].append(difference(a, b))
-    # NumPy's maximum, since Python's passes over NaN.
-    largest = {kind: np.max(values) for kind, values in differences.items()}
+        pairs[kind].append((a, b))
     print(f"\n{devices} against one device, same batches:")
-    for kind, value in largest.items():
+    for kind, arrays in pairs.items():
+        value = difference(*zip(*arrays, strict=True))
         print(f"  largest difference of the {kind}: {value:.1e}")
-    return float(np.max(list(largest.values())))

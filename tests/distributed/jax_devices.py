@@ -57,14 +57,9 @@ def fit(distribution, make_model, optimizer, x, y, epochs=1):
 
 
 def difference(one, other):
-    pairs = zip(
+    return common.difference(
         common.state(one, one.optimizer).values(),
         common.state(other, other.optimizer).values(),
-        strict=True,
-    )
-    return max(
-        float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-        for a, b in pairs
     )
 
 

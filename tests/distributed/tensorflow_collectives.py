@@ -47,11 +47,3 @@ def costs(ours, momentum_sgd, model):
         "extra_bytes": 4 * (numbers - model.count_params()),
         "gradient_bytes": 4 * model.count_params(),
     }
-
-
-def difference(several, one):
-    """The largest one, relative to the largest entry of each array."""
-    return max(
-        float(abs(a - b).max() / max(abs(b).max(), 1e-30))
-        for a, b in zip(several.values(), one.values(), strict=True)
-    )

@@ -64,7 +64,7 @@ def main():
 
     several = example.train(strategy)
     one = example.train(tf.distribute.get_strategy())
-    result["difference"] = tensorflow_collectives.difference(several, one)
+    result["difference"] = common.difference(several.values(), one.values())
 
     def momentum_sgd():
         return keras.optimizers.SGD(momentum=0.9)

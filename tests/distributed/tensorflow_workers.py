@@ -78,7 +78,7 @@ def main():
     result = {
         "engine": "MultiWorkerMirroredStrategy",
         "devices": example.WORKERS,
-        "difference": tensorflow_collectives.difference(several, one),
+        "difference": common.difference(several.values(), one.values()),
         **costs,
     }
     print(json.dumps(result))

@@ -13,11 +13,15 @@ import sys
 
 os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(
+    0, str(pathlib.Path(__file__).parents[2] / "examples" / "distributed")
+)
 
 import keras
 import numpy as np
 import torch
 import torch.distributed as dist
+from common import difference
 from models import cross_entropy
 from models import image_data
 from models import probes_in
@@ -123,13 +127,6 @@ def is_sharded():
     return any(p.grad is not None for p in model.parameters())
 
 
-def difference(one, other):
-    return max(
-        float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
 def main():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -184,7 +181,7 @@ def main():
     if rank == 0:
         for key in result:
             if "difference" in key:
-                result[key] = max(r[key] for r in every)
+                result[key] = float(np.max([r[key] for r in every]))
         print(json.dumps(result))
     # Parallel modules don't survive the end of their processes' group.
     gc.collect()
