@@ -28,6 +28,7 @@ FEATURES = {
         "`run_eagerly`": "test_fit::test_ways_to_execute[run_eagerly]",
         "`jit_compile=True`": "test_fit::test_ways_to_execute[jit]",
         "`jit_compile=False`": "test_fit::test_ways_to_execute[no_jit]",
+        '`jit_compile="auto"`': "test_fit::test_ways_to_execute[auto]",
         "`steps_per_execution`": "test_fit::test_ways_to_execute"
         "[steps_per_execution]",
         "`sample_weight`": "test_fit::test_weights_of_the_samples_enter_s",
@@ -67,12 +68,25 @@ FEATURES = {
         "test_a_fixed_loss_scale_changes_nothing",
         "`LossScaleOptimizer`": "test_optimizer::"
         "test_a_step_that_the_loss_scale_optimizer_skips_changes_nothing",
-        "mixed_float16": "test_optimizer::"
-        "test_mixed_float16_trains_with_a_loss_scale",
+        "mixed_float16": "test_optimizer::test_mixed_precision[mixed_float16]",
+        "mixed_bfloat16": "test_optimizer::"
+        "test_mixed_precision[mixed_bfloat16]",
+        "float8": "test_like_a_builtin::test_float8",
         "float64": "test_fit::test_float64",
         "`gradient_accumulation_steps`": "test_optimizer::"
         "test_accumulated_gradients_are_those_of_the_larger_batch",
         "`MultiOptimizer`": "test_fit::test_one_of_several_optimizers",
+        "variables of no layer, with a warning": "test_like_a_builtin::"
+        "test_variables_of_no_layer_are_trained",
+        "missing gradients": "test_like_a_builtin::"
+        "test_gradients_that_are_missing",
+        "sparse gradients": "test_like_a_builtin::"
+        "test_sparse_gradients_are_dense_ones_with_zeros",
+        "variables of TensorFlow": "test_like_a_builtin::"
+        "test_tf_variables_are_trained_next_to_those_of_keras",
+        "variables that their gradient overwrites": "test_like_a_builtin::"
+        "test_a_variable_that_is_overwritten_by_its_gradient",
+        "numbered names": "test_like_a_builtin::test_names_are_numbered",
         "two on shared layers": "test_sharing::"
         "test_each_of_two_optimizers_measures_as_if_it_were_alone",
         "compiling with another one and back": "test_compile_hook::"
@@ -92,6 +106,12 @@ FEATURES = {
         "`clone_model`": "test_saving::test_a_clone_is_wrapped_for_itself",
         "weights to and from plain models": "test_plain_views::"
         "test_weights_go_both_ways_between_wrapped_and_plain_models",
+        "`get_state_tree`, `set_state_tree`": "test_like_a_builtin::"
+        "test_state_trees_pass_between_wrapped_and_plain_models",
+        "`tf.train.Checkpoint`": "test_like_a_builtin::"
+        "test_tf_train_checkpoint_rolls_training_back",
+        "`to_json`, `compile_from_config`": "test_like_a_builtin::"
+        "test_models_are_made_again_from_their_compile_config",
         "`summary`": "test_plain_views::test_summary_counts_the_weights",
         "export to SavedModel": "test_plain_views::"
         "test_an_exported_model_has_no_trace_of_probes",

@@ -11,7 +11,10 @@ AdaFisher trains do they behave differently:
 - `Model.trainable_weights` of a wrapped model includes the probes. Keras
   documents it as equal to `trainable_variables`, and TensorFlow's trainer reads
   the one where JAX' reads the other. (On PyTorch a model has no probes.)
-- `Model.summary` and `Model.export` see the model without wrappers.
+- `Model.summary`, `Model.export` and `Model.get_state_tree` see the model
+  without wrappers.
+- `Model.set_state_tree` lets an AdaFisher ask for a measurement, as loading
+  weights does.
 """
 
 import functools
@@ -47,6 +50,10 @@ def install():
     )
     keras.Model.summary = _plainly(keras.Model.summary)
     keras.Model.export = _plainly(keras.Model.export)
+    keras.Model.get_state_tree = _plainly(keras.Model.get_state_tree)
+    keras.Model.set_state_tree = _hooked_set_state_tree(
+        keras.Model.set_state_tree
+    )
 
 
 def _hooked_compile(compile):
@@ -58,7 +65,7 @@ def _hooked_compile(compile):
         previous = getattr(self, "optimizer", None)
         if previous is not optimizer:
             for adafisher in _adafishers(previous):
-                adafisher.stop_asking()
+                adafisher.ask(False)
         if any(_adafishers(optimizer)):
             wrap(self)
             _wrapped.add(self)
@@ -94,6 +101,16 @@ def _hooked_trainable_weights(trainable_weights):
         return trainable_weights.fget(self)
 
     return property(weights_and_probes)
+
+
+def _hooked_set_state_tree(set_state_tree):
+    @functools.wraps(set_state_tree)
+    def set_and_ask(self, *args, **kwargs):
+        set_state_tree(self, *args, **kwargs)
+        for adafisher in _adafishers(getattr(self, "optimizer", None)):
+            adafisher.ask(True)
+
+    return set_and_ask
 
 
 def _plainly(method):

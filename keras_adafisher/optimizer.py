@@ -76,7 +76,8 @@ class AdaFisher(keras.optimizers.Optimizer):
         adam_epsilon: A non-negative float, added to the square root of that
             second moment. Defaults to `1e-7`.
         name: String. The name to use for momentum accumulator weights created
-            by the optimizer.
+            by the optimizer. Defaults to "adafisher", and then
+            "adafisher_1" and so on.
         weight_decay: Float. If set, weight decay is applied, decoupled from
             the gradient. (To add `weight_decay * theta` to the gradient, give
             layers a `kernel_regularizer=keras.regularizers.L2(weight_decay /
@@ -126,7 +127,7 @@ class AdaFisher(keras.optimizers.Optimizer):
         ema_overwrite_frequency=None,
         loss_scale_factor=None,
         gradient_accumulation_steps=None,
-        name="adafisher",
+        name=None,
         **kwargs,
     ):
         if isinstance(learning_rate, float) and not learning_rate >= 0:
@@ -154,6 +155,12 @@ class AdaFisher(keras.optimizers.Optimizer):
                 "Argument `factor_update_steps` must be an integer >= 1. "
                 f"Received: factor_update_steps={factor_update_steps}"
             )
+        if name is None:
+            # As Keras names all optimizers. On its own it would begin with
+            # "ada_fisher".
+            name = self.__class__.__name__.lower()
+            number = keras.backend.get_uid(name)
+            name = name if number == 1 else f"{name}_{number - 1}"
         super().__init__(
             learning_rate=learning_rate,
             name=name,
@@ -194,13 +201,15 @@ class AdaFisher(keras.optimizers.Optimizer):
         variables = list(variables)
         probes = _complete_probes(variables)
         if variables and not probes:
-            raise ValueError(
+            warnings.warn(
                 "AdaFisher found Kronecker factors for none of the "
-                f"{len(variables)} variables that it is built with. In a "
-                "custom training loop, call `keras_adafisher.wrap(model)` "
-                "first and pass `model.trainable_variables`. If "
-                "`keras_adafisher.coverage(model)` shows that no layer of "
-                "the model can be factored, use `keras.optimizers.AdamW`."
+                f"{len(variables)} variables that it is built with, and will "
+                "update them by AdamW's rule. In a custom training loop, call "
+                "`keras_adafisher.wrap(model)` first and pass "
+                "`model.trainable_variables`. "
+                "`keras_adafisher.coverage(model)` shows which layers of a "
+                "model can be factored.",
+                stacklevel=2,
             )
         backend.check_same_strategy(variables, self._iterations)
         super().build(variables)
@@ -356,22 +365,29 @@ class AdaFisher(keras.optimizers.Optimizer):
             )
         return ops.broadcast_to(self._fisher(index), variable.shape)
 
-    def stop_asking(self):
-        """Ask the layers for no more measurements: training is over."""
+    def ask(self, wanted=True):
+        """Say whether the layers are to measure at the next step.
+
+        Training does so by itself. Only code that assigns to the optimizer's
+        variables past its methods has a reason to: the step that comes next
+        may then be a measuring one.
+
+        Args:
+            wanted: Bool. If the next step isn't one at which the optimizer
+                takes measurements in, it makes no difference.
+        """
         if self.built:
-            self._request(False)
+            self._request(wanted)
 
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""
         super().load_own_variables(store)
-        if self.built:
-            # The step that comes next may be a measuring one.
-            self._request(True)
+        self.ask()
 
     def set_weights(self, weights):
         """Set the weights of the optimizer."""
         super().set_weights(weights)
-        self._request(True)
+        self.ask()
 
     def get_config(self):
         config = super().get_config()
@@ -536,7 +552,7 @@ class AdaFisherW(AdaFisher):
         ema_overwrite_frequency=None,
         loss_scale_factor=None,
         gradient_accumulation_steps=None,
-        name="adafisherw",
+        name=None,
         **kwargs,
     ):
         super().__init__(

@@ -81,9 +81,10 @@ def test_sources_of_data(source, expected):
         {"run_eagerly": True},
         {"jit_compile": True},
         {"jit_compile": False},
+        {"jit_compile": "auto"},
         {"steps_per_execution": 3},
     ],
-    ids=["run_eagerly", "jit", "no_jit", "steps_per_execution"],
+    ids=["run_eagerly", "jit", "no_jit", "auto", "steps_per_execution"],
 )
 def test_ways_to_execute(arguments, expected):
     if BACKEND == "torch" and "steps_per_execution" in arguments:

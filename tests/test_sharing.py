@@ -128,7 +128,7 @@ def test_requests_of_many_optimizers_stay_apart():
     optimizers += built(2)
     for optimizer in optimizers:
         assert asked() > 0
-        optimizer.stop_asking()
+        optimizer.ask(False)
     assert asked() == 0
 
 
