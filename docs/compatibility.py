@@ -115,10 +115,31 @@ FEATURES = {
         "`summary`": "test_plain_views::test_summary_counts_the_weights",
         "export to SavedModel": "test_plain_views::"
         "test_an_exported_model_has_no_trace_of_probes",
+        "export to ONNX": "test_plain_views::"
+        "test_an_exported_onnx_model_has_no_trace_of_probes",
+        "export to `torch.export`": "test_plain_views::"
+        "test_an_exported_program_of_pytorch_has_no_trace_of_probes",
         "export to LiteRT": "test_plain_views::"
         "test_an_exported_lite_model_gives_the_same_outputs",
     },
 }
+
+LIMITS = """
+## What a built-in optimizer does and AdaFisher doesn't
+
+Nothing that Keras documents for `keras.optimizers.Optimizer`, as far as is
+known. What differs:
+
+- In a custom training loop, `keras_adafisher.wrap(model)` has to come first.
+  Without it, and for variables of no layer, AdaFisher warns and is AdamW.
+- With PyTorch, statistics travel in `loss.backward()`. `torch.autograd.grad`
+  computes the weights' gradients only: the factors keep their initial 1, and
+  a warning says so.
+- With TensorFlow and JAX, `model.trainable_variables` of a wrapped model has
+  the probes at its end. Code that counts on its length sees them.
+- `keras.export.ExportArchive` used directly, unlike `model.export`, stores the
+  probes too. `keras_adafisher.unwrap(model)` before it, if that matters.
+"""
 
 
 def run_tests(backend):
@@ -201,6 +222,7 @@ def main():
             lines.append(
                 f"| {feature} | {' | '.join(cells)} | `{file}.py`: `{name}` |"
             )
+    lines += [LIMITS]
     page = ROOT / "docs" / "compatibility.md"
     page.write_text("\n".join(lines) + "\n")
 

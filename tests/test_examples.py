@@ -22,3 +22,12 @@ def test_custom_loop():
     output = run(f"examples/custom_loop_{backend}.py", "--epochs=2")
     accuracy = output.split("Validation accuracy: ")[1].split()[0]
     assert float(accuracy) > 60
+
+
+def test_gan(tmp_path):
+    plot = tmp_path / "gan.png"
+    output = run("examples/gan.py", "--epochs=6", f"--plot={plot}")
+    words = output.split("Squared Fréchet distance: ")[1].split()
+    before, after = float(words[0]), float(words[2])
+    assert after < 0.7 * before
+    assert plot.stat().st_size > 5_000

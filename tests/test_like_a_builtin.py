@@ -142,9 +142,7 @@ def test_a_variable_that_is_overwritten_by_its_gradient(make, steps):
         optimizer.apply_gradients([(gradient, scale), (gradient, v)])
     # The largest of those that are accumulated.
     np.testing.assert_allclose(to_numpy(scale), np.full((2, 2), steps or 1.0))
-    np.testing.assert_allclose(
-        to_numpy(v), [[0.5, 1.5], [2.5, 3.5]], atol=1e-5
-    )
+    np.testing.assert_allclose(to_numpy(v), [[0.5, 1.5], [2.5, 3.5]], atol=1e-5)
 
 
 def test_float8(make):

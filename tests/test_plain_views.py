@@ -116,6 +116,56 @@ def test_an_exported_lite_model_gives_the_same_outputs(tmp_path):
     )
 
 
+NEEDED_FOR_ONNX = {
+    "tensorflow": ["tf2onnx"],
+    "jax": ["jax2onnx"],
+    "torch": ["onnx", "onnxscript"],
+}
+
+
+def test_an_exported_onnx_model_has_no_trace_of_probes(tmp_path):
+    for package in NEEDED_FOR_ONNX[BACKEND]:
+        pytest.importorskip(package, reason=f"not tried: needs {package}")
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    model = trained()
+    path = str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    exported = onnx.load(path)
+    shapes = sorted(
+        tuple(tensor.dims)
+        for tensor in exported.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    )
+    assert shapes == [(3,), (5,), (5, 3), (6, 5)]
+    x, _ = data(examples=4)
+    name = exported.graph.input[0].name
+    (actual,) = ReferenceEvaluator(exported).run(None, {name: x})
+    np.testing.assert_allclose(
+        actual, model.predict(x, verbose=0), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own")
+def test_an_exported_program_of_pytorch_has_no_trace_of_probes(tmp_path):
+    import torch
+
+    model = trained()
+    path = str(tmp_path / "model.pt2")
+    model.export(path, format="torch", verbose=False)
+    program = torch.export.load(path)
+    # A layer's weights are there under two names.
+    shapes = {tuple(v.shape) for v in program.state_dict.values()}
+    assert sorted(shapes) == [(3,), (5,), (5, 3), (6, 5)]
+    # Keras exports for a batch of one.
+    x, _ = data(examples=1)
+    actual = program.module()(torch.from_numpy(x))
+    np.testing.assert_allclose(
+        actual.detach().numpy(), model.predict(x, verbose=0), rtol=1e-5
+    )
+
+
 def test_training_goes_on_after_a_look(tmp_path):
     expected = trained()
     train(expected, 3)
