@@ -7,6 +7,7 @@ file is imported.
 
 from keras import backend as _keras_backend
 
+from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import creation_scope
@@ -45,8 +46,10 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import write_request
+    from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
+    "Updater",
     "check_same_strategy",
     "close_tap",
     "creation_scope",

@@ -5,6 +5,13 @@ import contextlib
 from keras import ops
 
 
+class Updater:
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`: nothing.
+
+    Keras calls `update_step` for one variable after another.
+    """
+
+
 def make_inputs(parameter, add_variable, shapes):
     """Make what a tap takes besides the layer's tensors.
 
