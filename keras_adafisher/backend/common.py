@@ -143,6 +143,11 @@ def keep_layout(tensor, variable):
     return tensor
 
 
+def mean(x, axis):
+    """`keras.ops.mean` over a tuple of axes."""
+    return ops.mean(x, axis=axis)
+
+
 def pointwise_conv(x, kernel, data_format, dilation_rate):
     """The second half of `keras.ops.separable_conv`.
 

@@ -57,10 +57,8 @@ class Updater:
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         if is_factored:
-            denominators = torch._foreach_add(
-                [self._undamped_fisher(index) for index in indices],
-                self.damping,
-            )
+            denominators = [self._undamped_fisher(index) for index in indices]
+            torch._foreach_add_(denominators, self.damping)
         else:
             velocities = [self._velocities[index].value for index in indices]
             torch._foreach_mul_(velocities, self.adam_beta_2)
@@ -78,7 +76,9 @@ class Updater:
             denominators = [d.to(dtype) for d in denominators]
             torch._foreach_div_(
                 denominators,
-                ops.convert_to_tensor(learning_rate).to(values[0].device, dtype),
+                ops.convert_to_tensor(learning_rate).to(
+                    values[0].device, dtype
+                ),
             )
         torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
 
