@@ -38,7 +38,9 @@ def mixed_model(low):
     ids = keras.Input((16,), dtype="int32")
     x = keras.layers.Embedding(7, 4)(ids)
     x = keras.layers.Reshape((4, 4, 4))(x)
-    x = keras.layers.Conv2D(6, 2, groups=2, activation="tanh")(x)
+    # Without a bias: batch normalization takes away what it adds, and its
+    # gradient would be nothing but rounding errors.
+    x = keras.layers.Conv2D(6, 2, groups=2, use_bias=False)(x)
     x = keras.layers.BatchNormalization()(x)
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(5, activation="tanh")(x)
@@ -70,7 +72,7 @@ CASES = {
     "no momentum": {"beta": 0.0},
     "decay": {"weight_decay": 0.1},
     "clipnorm": {"clipnorm": 1e-3},
-    "clipvalue": {"clipvalue": 1e-4},
+    "clipvalue": {"clipvalue": 1e-2},
     "global": {"global_clipnorm": 1e-3},
     "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -87,9 +89,7 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "low", "tolerance"),
     [
-        # `update_step` computes the bias corrections in float32. AdamW's is
-        # `1 - 0.999` at first.
-        *((case, False, 5e-5) for case in CASES),
+        *((case, False, 1e-5) for case in CASES),
         # `update_step` rounds between operations, the lists' ones don't.
         ("default", True, 2e-2),
         ("measure", True, 2e-2),
