@@ -29,6 +29,7 @@ class Curvature:
             # The factor of the input that is always 1.
             self.one = self._add_factor("request", ())
             self.variables.append(self.one)
+            self.bias_gradient = self.gradient
             if block.bias_gradient_shape is not None:
                 self.bias_gradient = self._add(
                     "gradient",
@@ -77,12 +78,16 @@ class Curvature:
         return [pair for pair in pairs if pair[0] is not None]
 
     def fisher_of_weight(self):
-        activation, gradient, *_ = self.values()
-        return self.block.fisher_of_weight(activation, gradient)
+        return self.block.fisher_of_weight(
+            ops.convert_to_tensor(self.activation),
+            ops.convert_to_tensor(self.gradient),
+        )
 
     def fisher_of_bias(self):
-        _, gradient, one, *bias_gradient = self.values()
-        return self.block.fisher_of_bias(one, *(bias_gradient or [gradient]))
+        return self.block.fisher_of_bias(
+            ops.convert_to_tensor(self.one),
+            ops.convert_to_tensor(self.bias_gradient),
+        )
 
     def add_accumulators(self):
         self.accumulators = [

@@ -22,7 +22,7 @@ from keras_adafisher.probe import probes_at
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
-class AdaFisher(keras.optimizers.Optimizer):
+class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     r"""Optimizer that implements the AdaFisher algorithm.
 
     AdaFisher is a second-order method. Where Adam divides the momentum by the
@@ -229,6 +229,7 @@ class AdaFisher(keras.optimizers.Optimizer):
         # For each weight the factors that its gradient may have to estimate.
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
+        self._update_number_now = None
         for curvature in self._curvatures:
             for parameter, term in curvature.terms():
                 index = self._index_of(parameter)
@@ -296,13 +297,15 @@ class AdaFisher(keras.optimizers.Optimizer):
         # Before Keras counts on.
         step = backend.step_number(self._iterations)
         is_measuring_next = self._is_measuring(step + 1)
-        # For `update_step` too.
+        # For the update too.
         self._is_measuring_now = self._is_measuring(step)
+        self._update_number_now = self._updates_before(step) + 1
         self._update_factors(answers, step)
         for curvature in self._curvatures:
             backend.close_tap(curvature.probe)
         super().apply(parameter_grads, parameters)
         self._is_measuring_now = False
+        self._update_number_now = None
         self._request(is_measuring_next)
 
     def update_step(self, gradient, variable, learning_rate):
@@ -411,14 +414,23 @@ class AdaFisher(keras.optimizers.Optimizer):
         except KeyError:
             return None
 
+    def _has_own_update_step(self):
+        """Whether a subclass has another rule than this class."""
+        return type(self).update_step is not AdaFisher.update_step
+
     def _fisher(self, index):
-        terms = [term() for term in self._fisher_terms[index]]
-        return sum(terms) + self.damping
+        return self._undamped_fisher(index) + self.damping
+
+    def _undamped_fisher(self, index):
+        first, *others = (term() for term in self._fisher_terms[index])
+        return sum(others, start=first)
+
+    def _updates_before(self, step):
+        return step // (self.gradient_accumulation_steps or 1)
 
     def _is_measuring(self, step):
         """Whether the factors are measured at a step, counted from 0."""
-        steps_per_update = self.gradient_accumulation_steps or 1
-        return step // steps_per_update % self.factor_update_steps == 0
+        return self._updates_before(step) % self.factor_update_steps == 0
 
     def _request(self, wanted):
         for curvature in self._curvatures:

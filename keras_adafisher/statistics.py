@@ -6,6 +6,8 @@ dtype is, and reads the activations once.
 
 from keras import ops
 
+from keras_adafisher import backend
+
 
 def mean_square(x, axis):
     """Mean of the squared entries of `x` over some axes.
@@ -19,7 +21,7 @@ def mean_square(x, axis):
     """
     x = ops.square(ops.cast(x, "float32"))
     # For PyTorch, no axes are all axes.
-    return x if axis == () else ops.mean(x, axis=axis)
+    return x if axis == () else backend.mean(x, axis)
 
 
 def channel_mean_square(x, channels_first=False):

@@ -12,6 +12,7 @@ from keras import ops
 from keras.src.applications.convnext import LayerScale
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from models import mlp
 
 from keras_adafisher.wrappers import find_wrapper
@@ -116,6 +117,46 @@ def test_optimizer_model_variables_moving_average(optimizer):
     averages = optimizer._model_variables_moving_average
     assert [a.shape for a in averages] == [
         v.shape for v in optimizer._trainable_variables
+    ]
+
+
+def test_in_stateless_scope():
+    """On PyTorch, the update of all variables together works in place."""
+    assert not in_stateless_scope()
+    with keras.StatelessScope():
+        assert in_stateless_scope()
+
+
+def test_optimizer_backend_update_step(optimizer):
+    """On PyTorch, it updates all variables together."""
+    calls = []
+    optimizer._backend_update_step = lambda *args: calls.append(args)
+    variables = optimizer._trainable_variables
+    grads = [ops.ones(v.shape) for v in variables]
+    optimizer.apply(grads, variables)
+    ((grads, updated, learning_rate),) = calls
+    assert len(grads) == len(variables)
+    assert [id(v) for v in updated] == [id(v) for v in variables]
+    assert float(learning_rate) == pytest.approx(0.01)
+
+
+def test_optimizer_backend_gradient_accumulators():
+    """On PyTorch, they are added to and reset together."""
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer.build([variable])
+    calls = []
+    optimizer._backend_increment_gradient_accumulators = lambda grads, acc: (
+        calls.append(acc)
+    )
+    optimizer._backend_reset_gradient_accumulators = lambda: calls.append(None)
+    for _ in range(2):
+        optimizer.apply([ops.ones(2)], [variable])
+    accumulators = optimizer._accumulated_gradients
+    # JAX has a way of its own.
+    expected = [] if keras.backend.backend() == "jax" else [accumulators, None]
+    assert [c and [id(v) for v in c] for c in calls] == [
+        e and [id(v) for v in e] for e in expected
     ]
 
 

@@ -1,4 +1,4 @@
-"""What only PyTorch has: waits for the device, and modules' registries.
+"""What only PyTorch has: waits, multi-tensor updates, modules' registries.
 
 Every wait goes through one of a few methods of `torch.Tensor`, so counting
 their calls shows on a CPU what would happen on a GPU.
@@ -11,8 +11,10 @@ from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import probes_in
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import keras_adafisher
+from keras_adafisher.backend import torch_update
 
 WAITS = ("__bool__", "__int__", "__float__", "__index__", "item", "numpy")
 
@@ -28,6 +30,12 @@ def waits(monkeypatch):
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
+    # A learning rate on the CPU may be read. This one counts as elsewhere.
+    monkeypatch.setattr(
+        torch_update,
+        "_is_number",
+        lambda rate: not isinstance(rate, (keras.Variable, torch.Tensor)),
+    )
     return calls
 
 
@@ -55,6 +63,72 @@ def step_waits(make_model, optimizer, waits, steps):
         model.train_step((x, y))
         counts.append(len(waits))
     return counts
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what PyTorch itself, Python or not, reads from a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def deep(width=4, depth=3):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            *(keras.layers.Dense(width) for _ in range(depth)),
+        ]
+    )
+
+
+def count_in_apply(model, optimizer, steps=3):
+    """What the last of some steps of `apply` does."""
+    keras_adafisher.wrap(model)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    for _ in range(steps):
+        model.zero_grad()
+        torch.sum(model(torch.ones(2, 6)) ** 2).backward()
+        with torch.no_grad(), CountReads() as counts:
+            optimizer.apply([v.value.grad for v in variables], variables)
+    return counts
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+@pytest.mark.parametrize("factor_update_steps", [1, 100])
+@pytest.mark.parametrize(
+    "learning_rate", [0.1, keras.optimizers.schedules.CosineDecay(0.1, 9)]
+)
+def test_apply_reads_the_counter_only(
+    learning_rate, factor_update_steps, weight_decay
+):
+    optimizer = keras_adafisher.AdaFisher(
+        learning_rate,
+        factor_update_steps=factor_update_steps,
+        weight_decay=weight_decay,
+    )
+    assert count_in_apply(deep(), optimizer).reads == 1
+
+
+def test_one_operation_per_variable_on_steps_that_do_not_measure():
+    """The product `H * S`: all others are for lists of variables."""
+    growth = {}
+    for make in (keras_adafisher.AdaFisher, keras.optimizers.Adam):
+        counts = [
+            count_in_apply(deep(depth=depth), make()).operations
+            for depth in (3, 13)
+        ]
+        growth[make] = counts[1] - counts[0]
+    assert growth[keras.optimizers.Adam] == 0
+    assert growth[keras_adafisher.AdaFisher] == 2 * 10
 
 
 @pytest.mark.parametrize("make_model", [cnn, recurrent])

@@ -18,10 +18,12 @@ from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
+from keras_adafisher.backend.common import mean
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
+from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import write_request
 
 if _keras_backend.backend() == "jax":
@@ -41,12 +43,15 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import has_answers
     from keras_adafisher.backend.torch import is_requested
     from keras_adafisher.backend.torch import make_inputs
+    from keras_adafisher.backend.torch import mean
     from keras_adafisher.backend.torch import open_tap
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import write_request
+    from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
+    "Updater",
     "check_same_strategy",
     "close_tap",
     "creation_scope",
@@ -58,6 +63,7 @@ __all__ = [
     "keep_layout",
     "layout_like",
     "make_inputs",
+    "mean",
     "open_tap",
     "pointwise_conv",
     "step_number",

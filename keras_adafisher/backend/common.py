@@ -5,6 +5,13 @@ import contextlib
 from keras import ops
 
 
+class Updater:
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`: nothing.
+
+    Keras calls `update_step` for one variable after another.
+    """
+
+
 def make_inputs(parameter, add_variable, shapes):
     """Make what a tap takes besides the layer's tensors.
 
@@ -134,6 +141,11 @@ def layout_like(parameters, shape):
 def keep_layout(tensor, variable):
     """`tensor`, laid out over devices like the variable it is meant for."""
     return tensor
+
+
+def mean(x, axis):
+    """`keras.ops.mean` over a tuple of axes."""
+    return ops.mean(x, axis=axis)
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):

@@ -126,7 +126,8 @@ class Block:
             gradient: Tensor of shape `gradient_shape`, the running `S`.
 
         Returns:
-            Tensor that broadcasts to the weight's shape.
+            A new tensor that broadcasts to the weight's shape. The caller may
+            overwrite it.
         """
         return activation * gradient
 
@@ -139,7 +140,8 @@ class Block:
                 bias has its own, else of shape `gradient_shape`.
 
         Returns:
-            Tensor that broadcasts to the bias' shape.
+            A new tensor that broadcasts to the bias' shape. The caller may
+            overwrite it.
         """
         return one * gradient
 

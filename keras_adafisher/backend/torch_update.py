@@ -1,0 +1,131 @@
+"""AdaFisher's update on PyTorch: a few kernels for all variables together.
+
+PyTorch runs eagerly, and an operation on a small tensor costs as much as the
+call. So its multi-tensor operations do for lists of tensors what
+`AdaFisher.update_step` says for one, as Keras' own optimizers do it.
+"""
+
+import collections
+
+import keras
+import torch
+from keras import ops
+
+# Not public, but there is no other way to tell: a stateless call must leave the
+# tensors that it is given as they are.
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+# Entries that are updated together, so that denominators take little memory.
+# On a CPU they should fit into its cache, and lists save less.
+_BATCH_SIZE = {"cpu": 2**16}
+_OTHER_BATCH_SIZE = 2**26
+
+
+class Updater:
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if in_stateless_scope() or self._has_own_update_step():
+            super()._backend_update_step(
+                grads, trainable_variables, learning_rate
+            )
+            return
+        with torch.no_grad():
+            # Lists of one dtype on one device are what is fast.
+            groups = collections.defaultdict(list)
+            for gradient, variable in zip(
+                grads, trainable_variables, strict=True
+            ):
+                index = self._get_variable_index(variable)
+                value = variable.value
+                gradient = _to_tensor(gradient, value.dtype)
+                kind = bool(self._fisher_terms[index])
+                if kind:
+                    self._estimate_factors(index, gradient)
+                groups[kind, value.dtype, value.device].append(
+                    (index, value, gradient)
+                )
+            for (is_factored, *_, device), group in groups.items():
+                for batch in _batches(group, device):
+                    self._update_batch(is_factored, *batch, learning_rate)
+
+    def _update_batch(
+        self, is_factored, indices, values, gradients, learning_rate
+    ):
+        step = self._update_number_now
+        size = 1 / (1 - self.beta**step)
+        momentums = [self._momentums[index].value for index in indices]
+        torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
+        if is_factored:
+            denominators = [self._undamped_fisher(index) for index in indices]
+            torch._foreach_add_(denominators, self.damping)
+        else:
+            velocities = [self._velocities[index].value for index in indices]
+            torch._foreach_mul_(velocities, self.adam_beta_2)
+            torch._foreach_addcmul_(
+                velocities, gradients, gradients, 1 - self.adam_beta_2
+            )
+            size *= (1 - self.adam_beta_2**step) ** 0.5
+            denominators = torch._foreach_sqrt(velocities)
+            torch._foreach_add_(denominators, self.adam_epsilon)
+        if _is_number(learning_rate):
+            size *= float(learning_rate)
+        else:
+            # Half precision has no room for the quotient.
+            dtype = torch.promote_types(denominators[0].dtype, torch.float32)
+            denominators = [d.to(dtype) for d in denominators]
+            torch._foreach_div_(
+                denominators,
+                ops.convert_to_tensor(learning_rate).to(
+                    values[0].device, dtype
+                ),
+            )
+        torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
+
+    def _backend_reset_gradient_accumulators(self):
+        if in_stateless_scope():
+            super()._backend_reset_gradient_accumulators()
+            return
+        with torch.no_grad():
+            torch._foreach_zero_([v.value for v in self._accumulated_gradients])
+
+    def _backend_increment_gradient_accumulators(self, grads, acc_grads):
+        if in_stateless_scope():
+            super()._backend_increment_gradient_accumulators(grads, acc_grads)
+            return
+        with torch.no_grad():
+            values = [v.value for v in acc_grads]
+            grads = [
+                _to_tensor(gradient, value.dtype)
+                for gradient, value in zip(grads, values, strict=True)
+            ]
+            torch._foreach_add_(values, grads)
+
+
+def _to_tensor(gradient, dtype):
+    if not isinstance(gradient, torch.Tensor):
+        gradient = ops.convert_to_tensor(gradient)
+    return gradient.to(dtype)
+
+
+def _batches(group, device):
+    """Cut a list into lists of indices, values and gradients."""
+    limit = _BATCH_SIZE.get(device.type, _OTHER_BATCH_SIZE)
+    batch, total = [], 0
+    for entry in group:
+        size = entry[1].numel()
+        if batch and total + size > limit:
+            yield zip(*batch, strict=True)
+            batch, total = [], 0
+        batch.append(entry)
+        total += size
+    yield zip(*batch, strict=True)
+
+
+def _is_number(learning_rate):
+    """Whether a learning rate can be read without waiting for a device."""
+    if isinstance(learning_rate, keras.Variable):
+        learning_rate = learning_rate.value
+    if isinstance(learning_rate, torch.Tensor):
+        return learning_rate.device.type == "cpu"
+    return True

@@ -1,0 +1,148 @@
+"""The multi-tensor update of PyTorch against `update_step`, the rule."""
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import ops
+from models import assert_close
+from models import product_loss
+from models import weights
+
+import keras_adafisher
+from keras_adafisher.backend import torch_update
+
+
+class OneByOne(keras_adafisher.AdaFisher):
+    """Takes Keras' way through `update_step`, since it has one of its own."""
+
+    calls = 0
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.calls += 1
+        super().update_step(gradient, variable, learning_rate)
+
+
+class Scale(keras.layers.Layer):
+    """Has a weight without factors."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), name="scale")
+
+    def call(self, x):
+        return x * (1 + ops.cast(self.scale, x.dtype))
+
+
+def mixed_model(low):
+    """Layers of several kinds and dtypes; `low`: also 16 bits."""
+    ids = keras.Input((16,), dtype="int32")
+    x = keras.layers.Embedding(7, 4)(ids)
+    x = keras.layers.Reshape((4, 4, 4))(x)
+    # Without a bias: batch normalization takes away what it adds, and its
+    # gradient would be nothing but rounding errors.
+    x = keras.layers.Conv2D(6, 2, groups=2, use_bias=False)(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Flatten()(x)
+    x = keras.layers.Dense(5, activation="tanh")(x)
+    x = keras.layers.Dense(5, use_bias=False, trainable=False)(x)
+    x = Scale()(x)
+    x = keras.layers.Dense(4, dtype="float64")(x)
+    if low:
+        x = keras.layers.Dense(4, dtype="bfloat16")(x)
+        x = keras.layers.Dense(3, dtype="float16")(x)
+    x = keras.layers.Dense(3)(x)
+    return keras.Model(ids, x)
+
+
+def train(optimizer, low=False, steps=5):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    model = mixed_model(low)
+    model.compile(optimizer, loss=product_loss)
+    for _ in range(steps):
+        ids = rng.integers(0, 7, size=(8, 16))
+        y = rng.normal(size=(8, 3)).astype("float32")
+        model.train_on_batch(ids, y)
+    return model
+
+
+CASES = {
+    "default": {},
+    "measure": {"factor_update_steps": 1},
+    "no momentum": {"beta": 0.0},
+    "decay": {"weight_decay": 0.1},
+    "clipnorm": {"clipnorm": 1e-3},
+    "clipvalue": {"clipvalue": 1e-2},
+    "global": {"global_clipnorm": 1e-3},
+    "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "loss scale": {"loss_scale_factor": 8.0},
+    "schedule": {
+        "learning_rate": keras.optimizers.schedules.CosineDecay(1e-3, 9)
+    },
+    "callable": {"learning_rate": lambda: 2e-3},
+    "zero": {"learning_rate": 0.0, "adam_epsilon": 1e-3},
+}
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+@pytest.mark.parametrize(
+    ("case", "low", "tolerance"),
+    [
+        *((case, False, 1e-5) for case in CASES),
+        # `update_step` rounds between operations, the lists' ones don't.
+        ("default", True, 2e-2),
+        ("measure", True, 2e-2),
+    ],
+)
+def test_all_together_are_as_one_by_one(
+    case, low, tolerance, is_elsewhere, monkeypatch
+):
+    if is_elsewhere:
+        # A learning rate that would have to be waited for.
+        monkeypatch.setattr(torch_update, "_is_number", lambda rate: False)
+    reference = OneByOne(**CASES[case])
+    expected = train(reference, low)
+    assert reference.calls > 0
+    actual = train(keras_adafisher.AdaFisher(**CASES[case]), low)
+    pairs = [
+        *zip(actual.weights, expected.weights, strict=True),
+        *zip(
+            actual.optimizer.variables,
+            expected.optimizer.variables,
+            strict=True,
+        ),
+    ]
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        a, b = (v.value.detach().double().numpy() for v in (a, b))
+        assert_close([a], [b], tolerance)
+
+
+@pytest.mark.parametrize("limit", [1, 10, 10**9])
+def test_any_cut_into_batches_gives_the_same(limit, monkeypatch):
+    expected = weights(train(keras_adafisher.AdaFisher()))
+    monkeypatch.setattr(torch_update, "_BATCH_SIZE", {"cpu": limit})
+    actual = weights(train(keras_adafisher.AdaFisher()))
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_stateless_calls_leave_their_arguments_alone():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(gradient_accumulation_steps=2)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    values = [v.value.detach().clone() for v in variables]
+    state = [v.value.detach().clone() for v in optimizer.variables]
+    copies = [t.clone() for t in (*values, *state)]
+    with torch.no_grad():
+        grads = [torch.ones_like(v) for v in values]
+        new_values, new_state = values, state
+        for _ in range(2):
+            new_values, new_state = optimizer.stateless_apply(
+                new_state, grads, new_values
+            )
+    assert all(map(torch.equal, copies, (*values, *state)))
+    assert not torch.equal(new_values[0], values[0])
