@@ -39,7 +39,10 @@ def sgd(**kwargs):
 
 
 def adafisher(**kwargs):
-    return keras_adafisher.AdaFisher(1e-5, factor_update_steps=2, **kwargs)
+    # Named, so that the paths of its variables don't count optimizers.
+    return keras_adafisher.AdaFisher(
+        1e-5, factor_update_steps=2, name="adafisher", **kwargs
+    )
 
 
 def compiled(distribution, make_model, optimizer):
