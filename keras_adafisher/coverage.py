@@ -4,7 +4,6 @@ import dataclasses
 import io
 import math
 
-from keras_adafisher.probe import probe_of
 from keras_adafisher.wrap import make_wrapper
 from keras_adafisher.wrap import plain_layers
 from keras_adafisher.wrappers import wrapper_of
@@ -132,7 +131,9 @@ def coverage(target):
 
     rows = []
     for variable in target.trainable_variables:
-        if probe_of(variable) is not None:
+        # Keras' mark for what its gradient replaces: probes, and the scales of
+        # float8. No optimizer takes a step along it.
+        if variable.overwrite_with_gradient:
             continue
         layer = owners[id(variable)]
         text = factors.get(id(variable), "")

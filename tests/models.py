@@ -68,6 +68,26 @@ def weights(model):
     return [np.array(w) for w in model.get_weights()]
 
 
+def state(model):
+    """Weights and optimizer variables."""
+    return weights(model) + [to_numpy(v) for v in model.optimizer.variables]
+
+
+def trained(optimizer, steps=3):
+    """An `mlp` with always the same weights, after steps on small batches."""
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    model.compile(optimizer, loss=cross_entropy())
+    train(model, range(steps))
+    return model
+
+
+def train(model, seeds):
+    """Train an `mlp` on one small batch for each seed."""
+    for seed in seeds:
+        model.train_on_batch(*data(seed=seed, examples=8))
+
+
 def assert_same(actual, expected):
     """Lists of arrays are equal bit for bit."""
     assert len(actual) == len(expected)

@@ -11,6 +11,7 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import state
 from models import to_numpy
 from models import weights
 
@@ -29,11 +30,6 @@ def compiled(optimizer=None, **arguments):
     model = mlp()
     model.compile(optimizer or adafisher(), loss=cross_entropy(), **arguments)
     return model
-
-
-def state(model):
-    """Weights and optimizer variables."""
-    return weights(model) + [to_numpy(v) for v in model.optimizer.variables]
 
 
 def fit(model, *inputs, **arguments):

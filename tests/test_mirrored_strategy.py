@@ -13,6 +13,7 @@ from models import cross_entropy
 from models import data
 from models import image_data
 from models import mlp
+from models import state
 from models import to_numpy
 from models import weights
 
@@ -124,12 +125,6 @@ def test_factors_that_are_estimated_from_gradients():
 
 def scope(is_inside):
     return mirrored().scope() if is_inside else contextlib.nullcontext()
-
-
-def state(model):
-    """Weights and optimizer variables."""
-    variables = [*model.weights, *model.optimizer.variables]
-    return [to_numpy(variable) for variable in variables]
 
 
 def one_step(strategy, optimizer):

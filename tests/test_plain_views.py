@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 from models import assert_same
-from models import cross_entropy
 from models import data
 from models import mlp
+from models import state
 from models import to_numpy
+from models import train
+from models import trained
 from models import weights
 
 import keras_adafisher
@@ -15,22 +17,8 @@ import keras_adafisher
 BACKEND = keras.backend.backend()
 
 
-def trained(steps=3):
-    keras.utils.set_random_seed(1)
-    model = mlp()
-    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
-    model.compile(optimizer, loss=cross_entropy())
-    train(model, steps)
-    return model
-
-
-def train(model, steps):
-    for x, y in [data(seed=seed, examples=8) for seed in range(steps)]:
-        model.train_on_batch(x, y)
-
-
-def state(model):
-    return weights(model) + [to_numpy(v) for v in model.optimizer.variables]
+def trained_model():
+    return trained(keras_adafisher.AdaFisher(factor_update_steps=2))
 
 
 def summary_of(model):
@@ -41,7 +29,7 @@ def summary_of(model):
 
 def test_summary_counts_the_weights():
     """6·5 + 5 + 5·3 + 3. Without an optimizer there would be no last lines."""
-    summary = summary_of(trained())
+    summary = summary_of(trained_model())
     assert "Trainable params: 53 " in summary
     assert "Non-trainable params: 0 " in summary
     assert "adafisher" not in summary
@@ -56,7 +44,7 @@ def test_summary_of_a_plain_and_of_a_wrapped_model():
 
 def test_trainable_variables_pair_up_with_those_of_a_plain_model():
     """As target networks in reinforcement learning are updated."""
-    model, target = trained(), mlp()
+    model, target = trained_model(), mlp()
     names = [v.name for v in target.trainable_variables]
     assert [v.name for v in model.trainable_variables][:4] == names
     pairs = zip(
@@ -68,7 +56,7 @@ def test_trainable_variables_pair_up_with_those_of_a_plain_model():
 
 
 def test_weights_go_both_ways_between_wrapped_and_plain_models():
-    model, target = trained(), mlp()
+    model, target = trained_model(), mlp()
     target.set_weights(model.get_weights())
     assert_same(weights(target), weights(model))
     model.set_weights(mlp().get_weights())
@@ -82,7 +70,7 @@ def export_savedmodel(model, path):
 @pytest.mark.skipif(BACKEND == "torch", reason="fails in plain Keras")
 def test_an_exported_model_has_no_trace_of_probes(tmp_path):
     tf = pytest.importorskip("tensorflow")
-    model = trained()
+    model = trained_model()
     export_savedmodel(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     assert len(loaded.variables) == 4
@@ -99,7 +87,7 @@ def test_an_exported_model_has_no_trace_of_probes(tmp_path):
 def test_an_exported_lite_model_gives_the_same_outputs(tmp_path):
     import tensorflow as tf
 
-    model = trained()
+    model = trained_model()
     model.export(tmp_path / "model.tflite", format="litert", verbose=False)
     lite = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
     names = " ".join(t["name"] for t in lite.get_tensor_details())
@@ -129,7 +117,7 @@ def test_an_exported_onnx_model_has_no_trace_of_probes(tmp_path):
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    model = trained()
+    model = trained_model()
     path = str(tmp_path / "model.onnx")
     model.export(path, format="onnx", verbose=False)
     exported = onnx.load(path)
@@ -151,7 +139,7 @@ def test_an_exported_onnx_model_has_no_trace_of_probes(tmp_path):
 def test_an_exported_program_of_pytorch_has_no_trace_of_probes(tmp_path):
     import torch
 
-    model = trained()
+    model = trained_model()
     path = str(tmp_path / "model.pt2")
     model.export(path, format="torch", verbose=False)
     program = torch.export.load(path)
@@ -167,21 +155,21 @@ def test_an_exported_program_of_pytorch_has_no_trace_of_probes(tmp_path):
 
 
 def test_training_goes_on_after_a_look(tmp_path):
-    expected = trained()
-    train(expected, 3)
-    model = trained()
+    expected = trained_model()
+    train(expected, range(3))
+    model = trained_model()
     summary_of(model)
     if BACKEND != "torch":
         export_savedmodel(model, tmp_path / "model")
-    train(model, 3)
+    train(model, range(3))
     assert_same(state(model), state(expected))
 
 
 def test_a_failed_export_leaves_the_model_wrapped(tmp_path):
-    model = trained()
+    model = trained_model()
     with pytest.raises(ValueError, match="format"):
         model.export(tmp_path / "model", format="nonsense")
-    train(model, 3)
-    expected = trained()
-    train(expected, 3)
+    train(model, range(3))
+    expected = trained_model()
+    train(expected, range(3))
     assert_same(state(model), state(expected))

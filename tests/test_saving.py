@@ -11,7 +11,7 @@ from models import assert_same
 from models import cnn
 from models import cross_entropy
 from models import image_data
-from models import weights
+from models import state
 
 import keras_adafisher
 
@@ -25,11 +25,6 @@ def compiled(**arguments):
         loss=cross_entropy(),
     )
     return model
-
-
-def state(model):
-    values = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
-    return weights(model) + values
 
 
 def batches():
