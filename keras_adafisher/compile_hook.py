@@ -108,7 +108,7 @@ def _hooked_set_state_tree(set_state_tree):
     def set_and_ask(self, *args, **kwargs):
         set_state_tree(self, *args, **kwargs)
         for adafisher in _adafishers(getattr(self, "optimizer", None)):
-            adafisher.ask(True)
+            adafisher.ask()
 
     return set_and_ask
 

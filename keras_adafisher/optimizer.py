@@ -259,7 +259,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         # Built in `apply`, it is by the first replica, which can't write
         # without the others. `apply` writes the next request in any case.
         if not backend.in_replica():
-            self._request(True)
+            self.ask()
 
     def apply(self, grads, trainable_variables=None):
         """Update trainable variables according to provided gradient values.
@@ -306,7 +306,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         super().apply(parameter_grads, parameters)
         self._is_measuring_now = False
         self._update_number_now = None
-        self._request(is_measuring_next)
+        self.ask(is_measuring_next)
 
     def update_step(self, gradient, variable, learning_rate):
         """Update step given gradient and the associated model variable."""
@@ -376,11 +376,12 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         may then be a measuring one.
 
         Args:
-            wanted: Bool. If the next step isn't one at which the optimizer
-                takes measurements in, it makes no difference.
+            wanted: Bool or boolean tensor. If the next step isn't one at which
+                the optimizer takes measurements in, it makes no difference.
         """
         if self.built:
-            self._request(wanted)
+            for curvature in self._curvatures:
+                curvature.probe.ask(wanted, self.assign, self)
 
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""
@@ -431,10 +432,6 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def _is_measuring(self, step):
         """Whether the factors are measured at a step, counted from 0."""
         return self._updates_before(step) % self.factor_update_steps == 0
-
-    def _request(self, wanted):
-        for curvature in self._curvatures:
-            curvature.probe.ask(wanted, self.assign, self)
 
     def _update_factors(self, answers, step):
         """Take in what the probes answered.

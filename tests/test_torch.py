@@ -33,7 +33,7 @@ def waits(monkeypatch):
     # A learning rate on the CPU may be read. This one counts as elsewhere.
     monkeypatch.setattr(
         torch_update,
-        "_is_number",
+        "_can_be_read",
         lambda rate: not isinstance(rate, (keras.Variable, torch.Tensor)),
     )
     return calls

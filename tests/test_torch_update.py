@@ -100,7 +100,7 @@ def test_all_together_are_as_one_by_one(
 ):
     if is_elsewhere:
         # A learning rate that would have to be waited for.
-        monkeypatch.setattr(torch_update, "_is_number", lambda rate: False)
+        monkeypatch.setattr(torch_update, "_can_be_read", lambda rate: False)
     reference = OneByOne(**CASES[case])
     expected = train(reference, low)
     assert reference.calls > 0

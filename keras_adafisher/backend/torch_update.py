@@ -39,10 +39,10 @@ class Updater:
                 index = self._get_variable_index(variable)
                 value = variable.value
                 gradient = _to_tensor(gradient, value.dtype)
-                kind = bool(self._fisher_terms[index])
-                if kind:
+                is_factored = bool(self._fisher_terms[index])
+                if is_factored:
                     self._estimate_factors(index, gradient)
-                groups[kind, value.dtype, value.device].append(
+                groups[is_factored, value.dtype, value.device].append(
                     (index, value, gradient)
                 )
             for (is_factored, *_, device), group in groups.items():
@@ -68,7 +68,7 @@ class Updater:
             size *= (1 - self.adam_beta_2**step) ** 0.5
             denominators = torch._foreach_sqrt(velocities)
             torch._foreach_add_(denominators, self.adam_epsilon)
-        if _is_number(learning_rate):
+        if _can_be_read(learning_rate):
             size *= float(learning_rate)
         else:
             # Half precision has no room for the quotient.
@@ -122,7 +122,7 @@ def _batches(group, device):
     yield zip(*batch, strict=True)
 
 
-def _is_number(learning_rate):
+def _can_be_read(learning_rate):
     """Whether a learning rate can be read without waiting for a device."""
     if isinstance(learning_rate, keras.Variable):
         learning_rate = learning_rate.value
