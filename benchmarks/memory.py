@@ -27,6 +27,7 @@ from models import make_task
 from models import MODELS
 
 import keras_adafisher
+from keras_adafisher.probe import probes_at
 
 MEASURING = "AdaFisher, every step"
 # TensorFlow runs independent operations in no fixed order.
@@ -54,19 +55,19 @@ def state(make_model):
             keras_adafisher.wrap(model)
         optimizer.build(model.trainable_variables)
         result[name] = nbytes(optimizer.variables)
-    probes = [
-        math.prod(shape) * 4
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras_adafisher.LayerWrapper)
-        for probe in layer.probes
+    # By identity: kernel and bias have the same.
+    probes = {id(p): p for v in model.trainable_variables for p in probes_at(v)}
+    probe_bytes = sum(
+        4 * math.prod(shape)
+        for probe in probes.values()
         for shape in probe.shapes.values()
-    ]
+    )
     adam, adafisher = result.values()
     return {
         **result,
-        "probes": sum(probes),
+        "probes": probe_bytes,
         "ratio": adafisher / adam,
-        "ratio with probes": (adafisher + sum(probes)) / adam,
+        "ratio with probes": (adafisher + probe_bytes) / adam,
     }
 
 

@@ -173,6 +173,14 @@ def rows_of(found, backend, benchmark):
     return found[backend].get(benchmark, {"rows": {}})["rows"]
 
 
+def memory_rows(found, kind):
+    """Backend, model and row of what `memory.py` found of one kind."""
+    for backend, label in BACKENDS.items():
+        for name, row in rows_of(found, backend, "memory").items():
+            if name.startswith(kind):
+                yield label, name.removeprefix(kind), row
+
+
 def add_step_times(page, found):
     """Add the section about time."""
     page.add(STEP_TEXT)
@@ -217,36 +225,32 @@ def add_memory(page, found):
         *("backend", "model", "Adam", "AdaFisher", "ratio", "goal", "met"),
         "ratio with probes",
     )
-    for backend, label in BACKENDS.items():
-        for name, row in rows_of(found, backend, "memory").items():
-            if name.startswith("state: "):
-                page.row(
-                    label,
-                    name.removeprefix("state: "),
-                    _megabytes(row["Adam"]),
-                    _megabytes(row["AdaFisher, every 100"]),
-                    f"{row['ratio']:.4f}",
-                    *page.goal("State", row["ratio"], STATE_GOAL),
-                    f"{row['ratio with probes']:.4f}",
-                )
+    for label, name, row in memory_rows(found, "state: "):
+        page.row(
+            label,
+            name,
+            _megabytes(row["Adam"]),
+            _megabytes(row["AdaFisher, every 100"]),
+            f"{row['ratio']:.4f}",
+            *page.goal("State", row["ratio"], STATE_GOAL),
+            f"{row['ratio with probes']:.4f}",
+        )
     page.end_table()
     page.add(PEAK_TEXT)
     page.table(
         *("backend", "model", "SGD", "Adam", "AdaFisher"),
         *("ratio to SGD", "goal", "met"),
     )
-    for backend, label in BACKENDS.items():
-        for name, row in rows_of(found, backend, "memory").items():
-            if name.startswith("peak: "):
-                page.row(
-                    label,
-                    name.removeprefix("peak: "),
-                    _megabytes(row["SGD"]),
-                    _megabytes(row["Adam"]),
-                    _megabytes(row["AdaFisher, every step"]),
-                    f"{row['ratio']:.3f}",
-                    *page.goal("Peak of a step", row["ratio"], PEAK_GOAL),
-                )
+    for label, name, row in memory_rows(found, "peak: "):
+        page.row(
+            label,
+            name,
+            _megabytes(row["SGD"]),
+            _megabytes(row["Adam"]),
+            _megabytes(row["AdaFisher, every step"]),
+            f"{row['ratio']:.3f}",
+            *page.goal("Peak of a step", row["ratio"], PEAK_GOAL),
+        )
     page.end_table()
 
 
