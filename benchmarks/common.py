@@ -104,7 +104,7 @@ def machine():
         gpus = tf.config.list_physical_devices("GPU")
         details = tf.config.experimental.get_device_details
         device = details(gpus[0])["device_name"] if gpus else "cpu"
-        mode = "`jit_compile=\"auto\"`, Keras' default: "
+        mode = '`jit_compile="auto"`, Keras\' default: '
         mode += "XLA" if gpus else "a graph without XLA, for want of a GPU"
     else:
         import torch
@@ -128,7 +128,7 @@ def machine():
 
 def spread(values):
     """The median, and the 10th and 90th percentile."""
-    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+    low, middle, high = map(float, np.quantile(values, [0.1, 0.5, 0.9]))
     return {"median": middle, "low": low, "high": high}
 
 

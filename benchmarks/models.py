@@ -140,10 +140,10 @@ TINY = {
 }
 
 
-def make_task(name, tiny=False):
+def make_task(name, tiny=False, sizes=None):
     """One of `MODELS`, always with the same weights and data."""
     keras.utils.set_random_seed(0)
-    return MODELS[name](**(TINY[name] if tiny else {}))
+    return MODELS[name](**(TINY[name] if tiny else {}), **(sizes or {}))
 
 
 class _Positions(layers.Layer):

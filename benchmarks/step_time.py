@@ -10,14 +10,14 @@ round. So work of others on the machine hits all of them alike.
 import gc
 import time
 
+import keras
+import numpy as np
 from common import OPTIMIZERS
 from common import parse_arguments
 from common import Results
 from common import spread
-import keras
 from models import make_task
 from models import MODELS
-import numpy as np
 
 # Rounds, and how many times all models are built and compiled.
 SETTINGS = {"full": (60, 2), "quick": (10, 1), "tiny": (3, 1)}
