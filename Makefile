@@ -15,7 +15,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models docs-coverage \
+.PHONY: demo test test-models bench bench-quick docs-coverage \
   docs-compatibility docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
@@ -38,6 +38,25 @@ test-models: $(VENV)/.test
 	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_real_models.py \
 	    || exit 1; \
 	done
+
+# Writes docs/performance.md, in half an hour on two cores. What an interrupted
+# run has measured is kept: `make bench BENCH_ARGS=--fresh` starts over.
+bench: BENCH_LEVEL := full
+bench: BENCH_OUTPUT := docs
+
+# A few minutes. The page is benchmarks/results/quick/performance.md.
+bench-quick: BENCH_LEVEL := quick
+bench-quick: BENCH_OUTPUT := benchmarks/results/quick
+
+bench bench-quick: $(VENV)/.test
+	@for backend in $(BACKENDS); do \
+	  for benchmark in step_time memory scaling; do \
+	    KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$benchmark.py \
+	      --level $(BENCH_LEVEL) $(BENCH_ARGS) || exit 1; \
+	  done; \
+	done
+	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
+	  --results benchmarks/results/$(BENCH_LEVEL)
 
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
