@@ -6,9 +6,9 @@ import re
 import sys
 
 import keras
+import pytest
 from processes import ROOT
 from processes import run
-import pytest
 
 BACKEND = keras.backend.backend()
 MODELS = ("wide MLP", "ResNet", "GPT", "ViT", "MobileNet")
