@@ -57,7 +57,7 @@ Written by `make bench` (`benchmarks/` and `docs/performance.py`). What counts
 here are ratios: all optimizers train the same model in one process and take
 turns, step by step, and a ratio is that of two steps in the same turn. **The
 times themselves are no claim**: the machine has two cores and shares them with
-other work, {threads}.
+other work. {threads}
 
 {gpu}
 
@@ -113,9 +113,11 @@ AdaFisher with `factor_update_steps=2`: the difference between a step that
 measures and the next, which doesn't, median over up to 60 pairs. What is
 measured are the inputs `h` of all factored layers and the gradients `s` at
 their outputs. The dotted line, the floor, is the time that copying takes for as
-many bytes: {bandwidth} (read and written, one thread, the fastest of 7
-tries, measured before each backend's turn; the plot has the fastest). Points
-that don't stand out of the noise are hollow, and don't count.
+many bytes, read and written by one thread:
+{bandwidth}.
+Each is the fastest of 7 tries before the backend's turn, and the plot has the
+fastest of all. Points that don't stand out of the noise are hollow, and don't
+count.
 
 ![Extra time of a measuring step](performance/scaling.svg)
 
@@ -428,10 +430,10 @@ def introduction(found, met):
     settings = {f"`{k}={v}`" for d in data for k, v in d["environment"].items()}
     loads = [b["load"] for d in found.values() for b in d.values()]
     threads = (
-        "the load when a benchmark began was "
-        f"{min(loads):.1f} to {max(loads):.1f}. The environment had "
-        f"{', '.join(sorted(s for s in settings if 'LOG' not in s))}: "
-        "one thread each"
+        "The load was\n"
+        f"{min(loads):.1f} to {max(loads):.1f} when a benchmark began. One "
+        "thread each:\n"
+        f"{', '.join(sorted(s for s in settings if 'LOG' not in s))}."
     )
     gpu = "**GPU figures are still to be measured**: all of these are a CPU's."
     if any("cores" not in d["device"] for d in data):

@@ -11,7 +11,7 @@ from processes import ROOT
 from processes import run
 
 BACKEND = keras.backend.backend()
-MODELS = ("wide MLP", "ResNet", "GPT", "ViT", "MobileNet")
+MODELS = ("wide MLP", "MobileNet")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def test_the_page_has_all_rows_and_finite_numbers(results, tmp_path):
         # Four ratios, the milliseconds, and the peak.
         assert sum(f"| {model} |" in row for row in rows) == 6
     goals = [row for row in rows if "| ≤ " in row]
-    # Five models four times and for the peak, one state, six kinds of growth.
-    assert len(goals) == 5 * 4 + 5 + 1 + 6
+    # Two models four times and for the peak, one state, six kinds of growth.
+    assert len(goals) == 2 * 4 + 2 + 1 + 6
     assert all(re.search("yes|no|can't tell", row) for row in goals)
     for plot in ("step_time", "scaling"):
         path = tmp_path / "performance" / f"{plot}.svg"
@@ -60,7 +60,7 @@ def test_all_figures_are_finite(results):
         assert data["backend"] == BACKEND
         assert data["device"]
         found = numbers(data["rows"])
-        assert len(found) > 30
+        assert len(found) >= 10
         assert all(abs(number) < float("inf") for number in found)
 
 
@@ -68,14 +68,14 @@ def test_a_benchmark_goes_on_where_it_stopped(results):
     path = results / f"memory-{BACKEND}.json"
     complete = json.loads(path.read_text())
     partial = json.loads(path.read_text())
-    del partial["rows"]["peak: GPT"]
+    del partial["rows"]["peak: MobileNet"]
     # Something that no measurement would give.
-    partial["rows"]["peak: ViT"] = {"ratio": -1.0}
+    partial["rows"]["peak: wide MLP"] = {"ratio": -1.0}
     path.write_text(json.dumps(partial))
     run("benchmarks/memory.py", "--level=tiny", f"--results={results}")
     resumed = json.loads(path.read_text())["rows"]
     assert resumed.keys() == complete["rows"].keys()
-    assert resumed["peak: ViT"] == {"ratio": -1.0}
+    assert resumed["peak: wide MLP"] == {"ratio": -1.0}
     path.write_text(json.dumps(complete))
 
 
