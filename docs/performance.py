@@ -123,7 +123,8 @@ count.
 
 A line through the points on logarithmic axes has a slope: 1 means in
 proportion, 2 quadratic, and 0 that it doesn't grow. Below 1, a fixed cost per
-layer outweighs what grows. The goal leaves 0.15 for the fit. The last three
+layer outweighs what grows. "points" says how many stood out of the noise; with
+fewer than three, there is no line. The goal leaves 0.15 for the fit. The last
 columns are for the largest size of each row; "floors" is the extra time as a
 multiple of the floor.
 """
@@ -255,7 +256,8 @@ def add_memory(page, found):
 def points_of(found, backend, sweep):
     """The points of one sweep, from the smallest size on."""
     rows = rows_of(found, backend, "scaling").values()
-    return [row for row in rows if row.get("sweep") == sweep]
+    points = [row for row in rows if row.get("sweep") == sweep]
+    return sorted(points, key=lambda point: point["size"])
 
 
 def is_clear(point):
@@ -301,7 +303,7 @@ def add_scaling(page, found):
     )
     page.add(SCALING_TEXT.format(bandwidth=speeds))
     page.table(
-        *("backend", "extra time against", "slope", "goal", "met"),
+        *("backend", "extra time against", "slope", "points", "goal", "met"),
         *("largest size", "extra ms", "plain step, ms", "floors"),
     )
     for backend, bandwidth in bandwidths.items():
@@ -315,15 +317,18 @@ def add_scaling(page, found):
                 BACKENDS[backend],
                 title,
                 f"{fit[0]:.2f} ± {fit[1]:.2f}" if fit else "lost in noise",
+                f"{sum(map(is_clear, points))} of {len(points)}",
                 *(
                     page.goal("Growth", fit[0], SLOPE_GOALS[sweep])
                     if fit
                     else (f"≤ {SLOPE_GOALS[sweep]:.2f}", "can't tell")
                 ),
                 last["size"],
-                f"{1000 * last['extra']:.2f}",
+                f"{1000 * last['extra']:.2f} ± {1000 * last['error']:.2f}",
                 f"{1000 * last['plain']:.1f}",
-                f"{last['extra'] * bandwidth / last['bytes']:.1f}",
+                f"{last['extra'] * bandwidth / last['bytes']:.1f}"
+                if is_clear(last)
+                else "lost in noise",
             )
     page.end_table()
 
@@ -478,7 +483,7 @@ def main():
     plt.rcParams["svg.hashsalt"] = "performance"
     plot_step_times(found, plots / "step_time.svg")
     plot_scaling(found, plots / "scaling.svg")
-    # By hand, and kept: what explains the figures.
+    # Written by hand: what explains the figures.
     notes = arguments.output / "performance" / "notes.md"
     if notes.exists():
         page.add(notes.read_text())
