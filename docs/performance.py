@@ -12,6 +12,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
@@ -124,7 +125,9 @@ count.
 A line through the points on logarithmic axes has a slope: 1 means in
 proportion, 2 quadratic, and 0 that it doesn't grow. Below 1, a fixed cost per
 layer outweighs what grows. "points" says how many stood out of the noise; with
-fewer than three, there is no line. The goal leaves 0.15 for the fit. The last
+fewer than three, there is no line. Leaving out the others favours large
+differences, and where the ± is as large as the slope, "yes" and "no" say little:
+`tests/test_cost.py` counts instead. The goal leaves 0.15 for the fit. The last
 columns are for the largest size of each row; "floors" is the extra time as a
 multiple of the floor.
 """
@@ -365,7 +368,8 @@ def plot_step_times(found, path):
         axis.grid(axis="x", color="0.9")
     axes[0].set_yticks(range(len(models)), models)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize="small")
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=3)
     figure.savefig(path)
     plt.close(figure)
 
@@ -418,8 +422,11 @@ def plot_scaling(found, path):
             label="bandwidth",
         )
         axis.set(xscale="log", yscale="log")
+        # The labels between powers of ten would overlap.
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(color="0.9")
-    axes.flat[-1].legend(fontsize="small")
+    labels = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=4)
     figure.savefig(path)
     plt.close(figure)
 
