@@ -126,8 +126,9 @@ A line through the points on logarithmic axes has a slope: 1 means in
 proportion, 2 quadratic, and 0 that it doesn't grow. Below 1, a fixed cost per
 layer outweighs what grows. "points" says how many stood out of the noise; with
 fewer than three, there is no line. Leaving out the others favours large
-differences, and where the ± is as large as the slope, "yes" and "no" say little:
-`tests/test_cost.py` counts instead. The goal leaves 0.15 for the fit. The last
+differences, and where the ± is about as large as the slope, "yes" and "no" say
+little: `tests/test_cost.py` counts instead. The goal leaves 0.15 for the fit.
+The last
 columns are for the largest size of each row; "floors" is the extra time as a
 multiple of the floor.
 """
