@@ -24,7 +24,7 @@ from common import parse_arguments
 from common import Results
 from models import gpt
 from models import make_task
-from models import MODELS
+from models import names
 
 import keras_adafisher
 from keras_adafisher.probe import probes_at
@@ -194,7 +194,7 @@ def main():
         models = {"ResNet50": resnet50, "GPT, 12 layers": large_gpt}
     for name, make_model in models.items():
         results.add(f"state: {name}", lambda make=make_model: state(make))
-    for name in MODELS:
+    for name in names(arguments.level):
         results.add(f"peak: {name}", lambda n=name: peak(n, arguments.level))
 
 

@@ -17,7 +17,7 @@ from common import parse_arguments
 from common import Results
 from common import spread
 from models import make_task
-from models import MODELS
+from models import names
 
 # Rounds, and how many times all models are built and compiled.
 SETTINGS = {"full": (60, 2), "quick": (10, 1), "tiny": (3, 1)}
@@ -88,7 +88,7 @@ def main():
     warm_up = make_task("wide MLP", tiny=True)
     warm_up.compile(OPTIMIZERS["AdaFisher, every 100"]())
     warm_up.step()
-    for name in MODELS:
+    for name in names(arguments.level):
         results.add(name, lambda n=name: measure(n, rounds, builds, tiny))
 
 

@@ -12,6 +12,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
@@ -57,7 +58,7 @@ Written by `make bench` (`benchmarks/` and `docs/performance.py`). What counts
 here are ratios: all optimizers train the same model in one process and take
 turns, step by step, and a ratio is that of two steps in the same turn. **The
 times themselves are no claim**: the machine has two cores and shares them with
-other work, {threads}.
+other work. {threads}
 
 {gpu}
 
@@ -113,15 +114,21 @@ AdaFisher with `factor_update_steps=2`: the difference between a step that
 measures and the next, which doesn't, median over up to 60 pairs. What is
 measured are the inputs `h` of all factored layers and the gradients `s` at
 their outputs. The dotted line, the floor, is the time that copying takes for as
-many bytes: {bandwidth} (read and written, one thread, the fastest of 7
-tries, measured before each backend's turn; the plot has the fastest). Points
-that don't stand out of the noise are hollow, and don't count.
+many bytes, read and written by one thread:
+{bandwidth}.
+Each is the fastest of 7 tries before the backend's turn, and the plot has the
+fastest of all. Points that don't stand out of the noise are hollow, and don't
+count.
 
 ![Extra time of a measuring step](performance/scaling.svg)
 
 A line through the points on logarithmic axes has a slope: 1 means in
 proportion, 2 quadratic, and 0 that it doesn't grow. Below 1, a fixed cost per
-layer outweighs what grows. The goal leaves 0.15 for the fit. The last three
+layer outweighs what grows. "points" says how many stood out of the noise; with
+fewer than three, there is no line. Leaving out the others favours large
+differences, and where the ± is about as large as the slope, "yes" and "no" say
+little: `tests/test_cost.py` counts instead. The goal leaves 0.15 for the fit.
+The last
 columns are for the largest size of each row; "floors" is the extra time as a
 multiple of the floor.
 """
@@ -257,7 +264,8 @@ def add_memory(page, found):
 def points_of(found, backend, sweep):
     """The points of one sweep, from the smallest size on."""
     rows = rows_of(found, backend, "scaling").values()
-    return [row for row in rows if row.get("sweep") == sweep]
+    points = [row for row in rows if row.get("sweep") == sweep]
+    return sorted(points, key=lambda point: point["size"])
 
 
 def is_clear(point):
@@ -303,7 +311,7 @@ def add_scaling(page, found):
     )
     page.add(SCALING_TEXT.format(bandwidth=speeds))
     page.table(
-        *("backend", "extra time against", "slope", "goal", "met"),
+        *("backend", "extra time against", "slope", "points", "goal", "met"),
         *("largest size", "extra ms", "plain step, ms", "floors"),
     )
     for backend, bandwidth in bandwidths.items():
@@ -317,15 +325,18 @@ def add_scaling(page, found):
                 BACKENDS[backend],
                 title,
                 f"{fit[0]:.2f} ± {fit[1]:.2f}" if fit else "lost in noise",
+                f"{sum(map(is_clear, points))} of {len(points)}",
                 *(
                     page.goal("Growth", fit[0], SLOPE_GOALS[sweep])
                     if fit
                     else (f"≤ {SLOPE_GOALS[sweep]:.2f}", "can't tell")
                 ),
                 last["size"],
-                f"{1000 * last['extra']:.2f}",
+                f"{1000 * last['extra']:.2f} ± {1000 * last['error']:.2f}",
                 f"{1000 * last['plain']:.1f}",
-                f"{last['extra'] * bandwidth / last['bytes']:.1f}",
+                f"{last['extra'] * bandwidth / last['bytes']:.1f}"
+                if is_clear(last)
+                else "lost in noise",
             )
     page.end_table()
 
@@ -362,7 +373,8 @@ def plot_step_times(found, path):
         axis.grid(axis="x", color="0.9")
     axes[0].set_yticks(range(len(models)), models)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize="small")
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=3)
     figure.savefig(path)
     plt.close(figure)
 
@@ -415,8 +427,11 @@ def plot_scaling(found, path):
             label="bandwidth",
         )
         axis.set(xscale="log", yscale="log")
+        # The labels between powers of ten would overlap.
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(color="0.9")
-    axes.flat[-1].legend(fontsize="small")
+    labels = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=4)
     figure.savefig(path)
     plt.close(figure)
 
@@ -432,10 +447,10 @@ def introduction(found, met):
     settings = {f"`{k}={v}`" for d in data for k, v in d["environment"].items()}
     loads = [b["load"] for d in found.values() for b in d.values()]
     threads = (
-        "the load when a benchmark began was "
-        f"{min(loads):.1f} to {max(loads):.1f}. The environment had "
-        f"{', '.join(sorted(s for s in settings if 'LOG' not in s))}: "
-        "one thread each"
+        "The load was\n"
+        f"{min(loads):.1f} to {max(loads):.1f} when a benchmark began. One "
+        "thread each:\n"
+        f"{', '.join(sorted(s for s in settings if 'LOG' not in s))}."
     )
     gpu = "**GPU figures are still to be measured**: all of these are a CPU's."
     if any("cores" not in d["device"] for d in data):
@@ -480,7 +495,7 @@ def main():
     plt.rcParams["svg.hashsalt"] = "performance"
     plot_step_times(found, plots / "step_time.svg")
     plot_scaling(found, plots / "scaling.svg")
-    # By hand, and kept: what explains the figures.
+    # Written by hand: what explains the figures.
     notes = arguments.output / "performance" / "notes.md"
     if notes.exists():
         page.add(notes.read_text())

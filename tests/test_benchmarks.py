@@ -1,0 +1,105 @@
+"""The benchmarks run, and their page has all of its rows. No times."""
+
+import json
+import pathlib
+import re
+import sys
+
+import keras
+import pytest
+from processes import ROOT
+from processes import run
+
+BACKEND = keras.backend.backend()
+MODELS = ("wide MLP", "MobileNet")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for benchmark in ("step_time", "memory", "scaling"):
+        run(
+            f"benchmarks/{benchmark}.py",
+            "--level=tiny",
+            f"--results={folder}",
+        )
+    return folder
+
+
+def read(folder, benchmark):
+    return json.loads((folder / f"{benchmark}-{BACKEND}.json").read_text())
+
+
+def numbers(data):
+    if isinstance(data, dict):
+        return [n for value in data.values() for n in numbers(value)]
+    return [data] if isinstance(data, (int, float)) else []
+
+
+def test_the_page_has_all_rows_and_finite_numbers(results, tmp_path):
+    run("docs/performance.py", f"--results={results}", f"--output={tmp_path}")
+    page = (tmp_path / "performance.md").read_text()
+    assert not re.search(r"\b(nan|inf)\b", page)
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for model in MODELS:
+        # Four ratios, the milliseconds, and the peak.
+        assert sum(f"| {model} |" in row for row in rows) == 6
+    goals = [row for row in rows if "| ≤ " in row]
+    # Two models four times and for the peak, one state, six kinds of growth.
+    assert len(goals) == 2 * 4 + 2 + 1 + 6
+    assert all(re.search("yes|no|can't tell", row) for row in goals)
+    for plot in ("step_time", "scaling"):
+        path = tmp_path / "performance" / f"{plot}.svg"
+        assert path.stat().st_size > 10_000
+        assert f"(performance/{plot}.svg)" in page
+
+
+def test_all_figures_are_finite(results):
+    for benchmark in ("step_time", "memory", "scaling"):
+        data = read(results, benchmark)
+        assert data["backend"] == BACKEND
+        assert data["device"]
+        found = numbers(data["rows"])
+        assert len(found) >= 10
+        assert all(abs(number) < float("inf") for number in found)
+
+
+def test_a_benchmark_goes_on_where_it_stopped(results):
+    path = results / f"memory-{BACKEND}.json"
+    complete = json.loads(path.read_text())
+    partial = json.loads(path.read_text())
+    del partial["rows"]["peak: MobileNet"]
+    # Something that no measurement would give.
+    partial["rows"]["peak: wide MLP"] = {"ratio": -1.0}
+    path.write_text(json.dumps(partial))
+    run("benchmarks/memory.py", "--level=tiny", f"--results={results}")
+    resumed = json.loads(path.read_text())["rows"]
+    assert resumed.keys() == complete["rows"].keys()
+    assert resumed["peak: wide MLP"] == {"ratio": -1.0}
+    path.write_text(json.dumps(complete))
+
+
+def test_slopes_are_those_of_power_laws():
+    sys.path.insert(0, str(pathlib.Path(ROOT, "docs")))
+    try:
+        import performance
+    finally:
+        sys.path.pop(0)
+
+    def points(power):
+        return [
+            {
+                "sweep": "batch",
+                "bytes": size,
+                "extra": size**power,
+                "error": 0.01 * size**power,
+            }
+            for size in (1e3, 1e4, 1e5)
+        ]
+
+    for power in (0, 1, 2):
+        slope, error = performance.slope(points(power))
+        assert abs(slope - power) < 1e-9
+        assert 0 < error < 0.2
+    noise = [{**point, "error": 1e12} for point in points(1)]
+    assert performance.slope(noise) is None

@@ -1,0 +1,213 @@
+"""What measuring costs, counted: no clock is asked.
+
+Counted are the elements of all tensors that the statistics make. Building
+patches of a convolution's input would make the kernel's area times as many as
+the input has, an outer product the square.
+"""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import keras_adafisher
+from keras_adafisher.wrappers import wrapper_of
+
+BACKEND = keras.backend.backend()
+BATCH = 32
+KERNELS = (1, 3, 5, 7)
+
+
+def sizes_jax(function, arrays):
+    import jax
+    from jax.extend.core import jaxprs_in_params
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            inner = list(jaxprs_in_params(equation.params))
+            for sub in inner:
+                yield from walk(sub)
+            if not inner:
+                yield from (math.prod(v.aval.shape) for v in equation.outvars)
+
+    return walk(jax.make_jaxpr(function)(*arrays).jaxpr)
+
+
+def sizes_tensorflow(function, arrays):
+    import tensorflow as tf
+
+    traced = tf.function(function).get_concrete_function(
+        *(tf.TensorSpec(a.shape, a.dtype) for a in arrays)
+    )
+    for operation in traced.graph.get_operations():
+        # An `Identity` passes a tensor on.
+        if operation.type not in ("Placeholder", "Identity"):
+            yield from (math.prod(o.shape) for o in operation.outputs)
+
+
+def sizes_torch(function, arrays):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            results = result if isinstance(result, tuple) else [result]
+            # A view takes no memory.
+            if not op.is_view:
+                found.extend(
+                    r.numel() for r in results if isinstance(r, torch.Tensor)
+                )
+            return result
+
+    tensors = [torch.from_numpy(array) for array in arrays]
+    with torch.no_grad(), Count():
+        function(*tensors)
+    return found
+
+
+def count(layer, shape, dtype="float32"):
+    """What measuring makes of a layer's inputs and of gradients.
+
+    Returns:
+        Elements of the inputs and outputs, of the largest tensor made, and of
+        all of them.
+    """
+    inputs = keras.Input(batch_shape=shape, dtype=dtype)
+    outputs = layer(inputs)
+    keras_adafisher.wrap(keras.Model(inputs, outputs))
+    (block,) = wrapper_of(layer).blocks
+
+    def measure(h, s):
+        return block.activation_statistic(h), block.gradient_statistic(s)
+
+    rng = np.random.default_rng(0)
+    h = rng.integers(0, 9, shape).astype(dtype)
+    # `EinsumDense` doesn't say how long an axis is that the input has too.
+    known = [
+        size or shape[axis] for axis, size in enumerate(tuple(outputs.shape))
+    ]
+    s = rng.normal(size=known).astype("float32")
+    sizes = {
+        "jax": sizes_jax,
+        "tensorflow": sizes_tensorflow,
+        "torch": sizes_torch,
+    }[BACKEND](measure, [h, s])
+    sizes = list(sizes)
+    return h.size + s.size, max(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("name", ["Conv2D", "DepthwiseConv2D"])
+def test_patches_of_a_convolution_are_never_built(
+    name, padding, record_property
+):
+    found = {}
+    for kernel in KERNELS:
+        options = {"padding": padding, "kernel_size": kernel}
+        if name == "Conv2D":
+            options["filters"] = 8
+        layer = getattr(keras.layers, name)(**options)
+        activations, largest, total = count(layer, (BATCH, 16, 16, 8))
+        found[kernel] = total / activations
+        record_property(
+            "figure",
+            f"{name}, {padding}, kernel {kernel}x{kernel}: "
+            f"{activations} activations, the largest tensor has {largest} "
+            f"elements, all together {total / activations:.2f} times as many",
+        )
+        # Nothing is larger than the input or output.
+        assert largest <= BATCH * 16 * 16 * 8
+    # Square, the sum over the batch, and then small maps. The input's patches
+    # would be `kernel²` times as many.
+    assert max(found.values()) < 3
+    assert found[7] < 1.5 * found[1]
+
+
+LAYERS = {
+    "Dense": lambda: keras.layers.Dense(16),
+    "EinsumDense": lambda: keras.layers.EinsumDense(
+        "abc,cde->abde", (None, 4, 4)
+    ),
+    "Conv1D": lambda: keras.layers.Conv1D(16, 3, padding="same"),
+    "Conv1DTranspose": lambda: keras.layers.Conv1DTranspose(16, 3),
+    "LayerNormalization": lambda: keras.layers.LayerNormalization(),
+    "BatchNormalization": lambda: keras.layers.BatchNormalization(),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_twice_the_activations_cost_twice_as_much_at_most(name):
+    _, _, base = count(LAYERS[name](), (BATCH, 32, 16))
+    for shape in [(2 * BATCH, 32, 16), (BATCH, 64, 16), (BATCH, 32, 32)]:
+        _, _, doubled = count(LAYERS[name](), shape)
+        assert doubled <= 2 * base
+
+
+def test_one_hot_vectors_are_never_built():
+    def embedding(ids):
+        layer = keras.layers.Embedding(ids, 16)
+        _, largest, total = count(layer, (BATCH, 32), "int32")
+        assert largest <= BATCH * 32 * 16
+        return total
+
+    # One-hot vectors would make it grow by the number of tokens per id.
+    assert embedding(200) - embedding(100) < 10 * 100
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's own analysis, by JAX")
+def test_a_compiled_step_builds_no_patches(record_property):
+    import jax
+
+    def cost(optimizer, kernel):
+        model = keras.Sequential(
+            [
+                keras.Input((16, 16, 8)),
+                keras.layers.Conv2D(8, kernel, padding="same"),
+                keras.layers.ReLU(),
+                keras.layers.GlobalAveragePooling2D(),
+            ]
+        )
+        model.compile(optimizer=optimizer, loss="mse")
+        data = np.ones((BATCH, 16, 16, 8)), np.ones((BATCH, 8)), None
+        model._symbolic_build(data_batch=data)
+        state = [
+            [variable.value for variable in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.optimizer.variables,
+                model.metrics_variables,
+            )
+        ]
+        step = jax.jit(model.train_step, donate_argnums=0)
+        compiled = step.lower(state, data).compile()
+        return np.array(
+            [
+                compiled.cost_analysis()["flops"],
+                compiled.cost_analysis()["bytes accessed"],
+                compiled.memory_analysis().temp_size_in_bytes,
+            ]
+        )
+
+    extra = {}
+    for kernel in KERNELS:
+        base = cost(keras.optimizers.SGD(momentum=0.9), kernel)
+        extra[kernel] = cost(keras_adafisher.AdaFisher(), kernel) - base
+        flops, accessed, temporary = map(int, extra[kernel])
+        record_property(
+            "figure",
+            f"compiled step, kernel {kernel}x{kernel}, more than SGD's: "
+            f"{flops} operations, {accessed} bytes accessed, {temporary} "
+            "bytes of temporary memory",
+        )
+    activations = BATCH * 16 * 16 * 8
+    for kernel in KERNELS:
+        grown = extra[kernel] - extra[1]
+        # Patches would have `kernel² - 1` times as many elements.
+        assert grown[0] < activations
+        assert grown[1] < 4 * 4 * activations
+        assert grown[2] < 4 * activations
