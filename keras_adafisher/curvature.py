@@ -1,5 +1,11 @@
 """What the optimizer keeps of a block: its running Kronecker factors."""
 
+import dataclasses
+import functools
+import itertools
+import math
+
+import keras
 from keras import ops
 
 from keras_adafisher import backend
@@ -25,6 +31,7 @@ class Curvature:
         self.activation = self._add_factor("activation", block.activation_shape)
         self.gradient = self._add_factor("gradient", block.gradient_shape)
         self.variables = [self.activation, self.gradient]
+        self.one = self.bias_gradient = None
         if block.bias is not None:
             # The factor of the input that is always 1.
             self.one = self._add_factor("request", ())
@@ -63,6 +70,10 @@ class Curvature:
 
     def values(self):
         return [ops.convert_to_tensor(v) for v in self.variables]
+
+    def pick(self, values):
+        """The new values of `variables` from a dict of their ids."""
+        return [values[id(variable)] for variable in self.variables]
 
     def assign(self, values, assign):
         """Set `variables` to new values by `Optimizer.assign`."""
@@ -105,8 +116,8 @@ class Curvature:
             totals.append(total)
         return totals
 
-    def measured(self, answer, uses, scale, gamma_1, gamma_2, epsilon):
-        """The values of `variables` after a measurement.
+    def measured(self, answer, uses, scale, epsilon):
+        """What a measurement says of `variables`.
 
         A weight that has several blocks may be used in one of its ways only:
         a tied embedding that embeds, but isn't reversed. The blocks of the
@@ -116,55 +127,189 @@ class Curvature:
             answer: The sums over the gradients of `probe.inputs`.
             uses: Number of answers that all blocks of the weight gave.
             scale: Float, what the loss was multiplied by.
-            gamma_1, gamma_2, epsilon: See `AdaFisher`.
+            epsilon: See `AdaFisher`.
 
         Returns:
-            List of tensors. The old values if there was no answer, or one
-            that isn't finite.
+            List of `Measurement`.
         """
         calls, activation, gradient = answer
-        is_usable = ops.logical_and(
-            uses > 0, factors.is_finite(activation, gradient)
+        gradient, bias_gradient = self.block.split_gradient(gradient)
+        return self._measurements(
+            activation,
+            gradient,
+            bias_gradient,
+            calls=calls,
+            uses=uses,
+            epsilon=epsilon,
+            scale=scale,
+            normalizes_one=self.block.normalizes_one,
         )
-        calls = ops.maximum(calls, 1)
-        activation, one = self.block.normalize_activation(
-            activation / calls, epsilon
-        )
-        gradient, bias_gradient = self.block.split_gradient(
-            gradient / (calls * scale**2)
-        )
-        measurement = [activation, factors.min_max(gradient, epsilon), one]
-        if bias_gradient is not None:
-            measurement.append(factors.min_max(bias_gradient, epsilon))
-        return self._averaged(measurement, is_usable, gamma_1, gamma_2)
 
-    def estimated(self, gradient, gamma_1, gamma_2):
-        """The values of `variables` after an estimate from a gradient.
-
-        Args:
-            gradient: The gradient of the block's weight.
-            gamma_1, gamma_2: See `AdaFisher`.
-
-        Returns:
-            List of tensors. The old values if the gradient is zero, as that of
-            an unused weight, or isn't finite.
-        """
-        estimate = self.block.estimate_from_gradient(gradient)
-        is_usable = ops.logical_and(
-            ops.any(gradient != 0), factors.is_finite(*estimate)
+    def estimated(self, gradient):
+        """What the gradient of the block's weight says of `variables`."""
+        activation, gradient_factor = self.block.estimate_from_gradient(
+            gradient
         )
-        # Its scale is arbitrary. So there is no `epsilon` to add, and nothing
+        # The scale is arbitrary. So there is no `epsilon` to add, and nothing
         # to compare the bias' input 1 with: it counts as the largest.
-        measurement = [*map(factors.min_max, estimate), ops.ones(())]
-        if self.block.bias_gradient_shape is not None:
-            measurement.append(ops.zeros(self.block.bias_gradient_shape))
-        return self._averaged(measurement, is_usable, gamma_1, gamma_2)
+        shape = self.block.bias_gradient_shape
+        return self._measurements(
+            activation,
+            gradient_factor,
+            None if shape is None else ops.zeros(shape),
+            calls=ops.ones(()),
+            # The gradient of an unused weight is zero.
+            uses=ops.cast(ops.any(gradient != 0), "float32"),
+        )
 
-    def _averaged(self, measurement, is_usable, gamma_1, gamma_2):
-        values = []
-        for variable, new in zip(self.variables, measurement, strict=False):
-            old = ops.convert_to_tensor(variable)
-            new = factors.running_average(old, new, gamma_1, gamma_2)
-            new = ops.where(is_usable, new, old)
-            values.append(backend.keep_layout(new, variable))
-        return values
+    def _measurements(
+        self,
+        activation,
+        gradient,
+        bias_gradient,
+        calls,
+        uses,
+        epsilon=0.0,
+        scale=1.0,
+        normalizes_one=False,
+    ):
+        of_activation = Measurement(
+            self.activation,
+            activation,
+            calls,
+            uses,
+            epsilon=epsilon * self.block.epsilon_scale,
+            one=self.one,
+            normalizes_one=normalizes_one and self.one is not None,
+        )
+        of_gradients = [
+            Measurement(variable, total, calls, uses, epsilon, scale**2)
+            for variable, total in (
+                (self.gradient, gradient),
+                (self.bias_gradient, bias_gradient),
+            )
+            if total is not None
+        ]
+        return [of_activation, *of_gradients]
+
+
+@dataclasses.dataclass
+class Measurement:
+    """A sum of mean squares, and the running factor that takes it in.
+
+    Attributes:
+        variable: The factor.
+        total: Tensor of its shape, the sum over calls of the layer.
+        calls: Scalar tensor, how many there were.
+        uses: Scalar tensor. The factor is to change unless it is 0.
+        epsilon: Float, see `factors.min_max`.
+        scale: Float, what else to divide `total` by.
+        one: Scalar variable or `None`: the entry that belongs to the bias.
+        normalizes_one: Bool. Whether it takes part in the normalization. Its
+            new value is 1 otherwise.
+        is_finite: Boolean scalar tensor, whether all is that the block
+            measured. `take_in` finds out.
+    """
+
+    variable: keras.Variable
+    total: object
+    calls: object
+    uses: object
+    epsilon: float = 0.0
+    scale: float = 1.0
+    one: keras.Variable | None = None
+    normalizes_one: bool = False
+    is_finite: object = None
+
+    @property
+    def kind(self):
+        """Equal for those that can be the rows of one matrix."""
+        return (
+            math.prod(self.variable.shape),
+            self.epsilon,
+            self.scale,
+            self.one is not None,
+            self.normalizes_one,
+        )
+
+
+def take_in(measured, gamma_1, gamma_2):
+    """Normalize measurements and average them with what the factors are.
+
+    Args:
+        measured: List of lists of `Measurement`, one for each block.
+        gamma_1, gamma_2: See `AdaFisher`.
+
+    Returns:
+        Dict from the id of a variable to its new value: the old one if the
+        block's layer wasn't used, or if not all that it measured is finite.
+    """
+    groups = [
+        (rows, _join([row.total for row in rows]))
+        for rows in backend.groups_of_rows(itertools.chain(*measured))
+    ]
+    for rows, totals in groups:
+        finite = ops.all(ops.isfinite(totals), axis=_axis(rows))
+        for row, is_finite in zip(rows, _split(finite, rows), strict=True):
+            row.is_finite = is_finite
+    for rows in measured:
+        is_finite = functools.reduce(
+            ops.logical_and, [row.is_finite for row in rows]
+        )
+        for row in rows:
+            row.is_finite = is_finite
+    values = {}
+    for rows, totals in groups:
+        values.update(_take_in_rows(rows, totals, gamma_1, gamma_2))
+    return values
+
+
+def _take_in_rows(rows, totals, gamma_1, gamma_2):
+    """The same for measurements of one kind, the rows of one matrix."""
+    first = rows[0]
+    is_usable = ops.logical_and(
+        _join([row.uses for row in rows]) > 0,
+        _join([row.is_finite for row in rows]),
+    )
+    calls = ops.maximum(_join([row.calls for row in rows]), 1)
+    x = totals / (calls * first.scale)
+    axis = _axis(rows)
+    low = ops.min(x, axis=axis, keepdims=axis is not None)
+    high = ops.max(x, axis=axis, keepdims=axis is not None)
+    if first.normalizes_one:
+        low = ops.minimum(low, 1)
+        high = ops.maximum(high, 1)
+
+    def average(variables, new):
+        old = _join([ops.convert_to_tensor(v) for v in variables])
+        new = factors.running_average(old, new, gamma_1, gamma_2)
+        new = _split(ops.where(is_usable, new, old), variables)
+        for variable, value in zip(variables, new, strict=True):
+            if len(rows) > 1:
+                value = ops.reshape(value, variable.shape)
+            yield id(variable), backend.keep_layout(value, variable)
+
+    x = factors.min_max(x, first.epsilon, low, high)
+    yield from average([row.variable for row in rows], x)
+    if first.one is not None:
+        one = ops.ones_like(low)
+        if first.normalizes_one:
+            one = factors.min_max(one, first.epsilon, low, high)
+        yield from average([row.one for row in rows], one)
+
+
+def _join(tensors):
+    """Make tensors of one size the rows of a matrix. A single one stays."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return ops.stack([ops.reshape(tensor, (-1,)) for tensor in tensors])
+
+
+def _axis(rows):
+    """The axes that one row has in what `_join` returns."""
+    return None if len(rows) == 1 else 1
+
+
+def _split(tensor, rows):
+    """Undo `_join`, up to the shapes."""
+    return [tensor] if len(rows) == 1 else ops.unstack(tensor)

@@ -23,14 +23,18 @@ def min_max(x, epsilon=0.0, low=None, high=None):
 
     `x' = (x - low) / (high - low + epsilon)`; arXiv 2405.16397, Section 3.2.
 
+    A bias is the weight of an input that is always 1, so the activation
+    factor of a linear map with a bias has one more entry, which takes part in
+    the normalization: `low` and `high` are then those of all entries.
+
     Args:
         x: Float tensor of any shape.
         epsilon: Float. Added to the range. With 0 the result doesn't depend
             on the scale of `x`.
-        low: Scalar tensor, the value that maps to 0. Defaults to the
-            minimum of `x`.
-        high: Scalar tensor, the value that maps to 1 (for `epsilon=0`).
-            Defaults to the maximum of `x`.
+        low: Tensor that broadcasts to `x`, the value that maps to 0.
+            Defaults to the minimum of `x`.
+        high: Tensor that broadcasts to `x`, the value that maps to 1 (for
+            `epsilon=0`). Defaults to the maximum of `x`.
 
     Returns:
         A tensor like `x`. A range of zero (a constant `x`) gives zeros.
@@ -40,26 +44,6 @@ def min_max(x, epsilon=0.0, low=None, high=None):
     span = high - low + epsilon
     span = ops.where(span > _SMALLEST_NORMAL, span, ops.ones_like(span))
     return (x - low) / span
-
-
-def min_max_with_one(x, epsilon=0.0):
-    """Min–Max normalization of the entries of `x` and of a further entry 1.
-
-    A bias is the weight of an input that is always 1, so the activation
-    factor of a linear map with a bias has one more entry, and it takes part
-    in the normalization.
-
-    Args:
-        x: Float tensor of any shape.
-        epsilon: Float. Added to the range.
-
-    Returns:
-        Two tensors: one like `x`, and a scalar for the entry 1.
-    """
-    one = ops.ones((), x.dtype)
-    low = ops.minimum(ops.min(x), one)
-    high = ops.maximum(ops.max(x), one)
-    return min_max(x, epsilon, low, high), min_max(one, epsilon, low, high)
 
 
 def running_average(average, value, gamma_1, gamma_2):
@@ -78,9 +62,3 @@ def running_average(average, value, gamma_1, gamma_2):
         A tensor like `average`.
     """
     return (1.0 - gamma_1) * average + gamma_2 * value
-
-
-def is_finite(*tensors):
-    """Whether no entry of any tensor is NaN or infinite, as a scalar tensor."""
-    finite = [ops.all(ops.isfinite(tensor)) for tensor in tensors]
-    return ops.all(ops.stack(finite))

@@ -9,6 +9,7 @@ wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
 import collections
+import functools
 import numbers
 import warnings
 
@@ -17,6 +18,7 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.curvature import Curvature
+from keras_adafisher.curvature import take_in
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_at
 
@@ -478,25 +480,28 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
         def measured():
             # How often each weight was used, by all of its blocks.
-            uses = collections.defaultdict(int)
+            uses = collections.defaultdict(list)
             for curvature, (calls, *_) in answered:
-                uses[curvature.key] += calls
-            return [
-                curvature.measured(
-                    answer,
-                    uses[curvature.key],
-                    scale,
-                    self.gamma_1,
-                    self.gamma_2,
-                    self.epsilon,
-                )
-                for curvature, answer in answered
-            ]
+                uses[curvature.key].append(calls)
+            values = take_in(
+                [
+                    curvature.measured(
+                        answer,
+                        functools.reduce(ops.add, uses[curvature.key]),
+                        scale,
+                        self.epsilon,
+                    )
+                    for curvature, answer in answered
+                ],
+                self.gamma_1,
+                self.gamma_2,
+            )
+            return [curvature.pick(values) for curvature, _ in answered]
 
         def unchanged():
             return [curvature.values() for curvature, _ in answered]
 
-        values = ops.cond(measuring, measured, unchanged)
+        values = backend.cond(measuring, measured, unchanged)
         for (curvature, _), new_values in zip(answered, values, strict=True):
             curvature.assign(new_values, self.assign)
 
@@ -513,12 +518,15 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             curvature.block.is_estimated = True
             if self._is_measuring_now is False:
                 continue
-            values = ops.cond(
-                self._is_measuring_now,
-                lambda curvature=curvature: curvature.estimated(
-                    gradient, self.gamma_1, self.gamma_2
-                ),
-                curvature.values,
+
+            def estimated(curvature=curvature):
+                values = take_in(
+                    [curvature.estimated(gradient)], self.gamma_1, self.gamma_2
+                )
+                return curvature.pick(values)
+
+            values = backend.cond(
+                self._is_measuring_now, estimated, curvature.values
             )
             curvature.assign(values, self.assign)
 

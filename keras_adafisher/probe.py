@@ -233,7 +233,9 @@ def tap(z, h, probe):
                     ops.zeros(block.gradient_statistic_shape, "float32"),
                 )
 
-            answers = ops.cond(backend.is_requested(request), answer, silence)
+            answers = backend.cond(
+                backend.is_requested(request), answer, silence
+            )
             # `h` gets no gradient from here: it has its own way back through
             # the layer.
             return (upstream, None, *keep_layout(answers))

@@ -89,6 +89,9 @@ def patch_mean_square(
         Float32 tensor of shape `(*kernel_size, channels)`: means over batch
         and output positions, zeros of the padding included.
     """
+    if set(kernel_size) == set(strides) == {1}:
+        means = channel_mean_square(x, channels_first)
+        return ops.reshape(means, (*kernel_size, -1))
     # The batch first: everything after it works on one small map.
     x = mean_square(x, axis=(0,))
     if channels_first:
@@ -131,20 +134,18 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
         causal = padding == "causal"
         before = reach if causal else _at_least_zero(needed) // 2
 
-    # The amount of "same" padding depends on the size, which TensorFlow may
-    # not know while it traces. `reach` is an upper bound that is known.
-    pad_width = [(0, 0)] * len(x.shape)
-    pad_width[axis] = (reach, reach)
-    x = ops.pad(x, pad_width)
-
     index = [slice(None)] * len(x.shape)
     taps = []
     for tap in range(kernel_size):
-        start = reach - before + tap * dilation
+        start = tap * dilation - before
         stop = start + (outputs - 1) * stride + 1
-        index[axis] = slice(start, stop, stride)
-        taps.append(ops.mean(x[tuple(index)], axis=axis))
-    return ops.stack(taps, axis=axis)
+        # What lies in the padding adds nothing.
+        skipped = _at_least_zero(stride - 1 - start) // stride
+        index[axis] = slice(
+            start + skipped * stride, _at_least_zero(stop), stride
+        )
+        taps.append(ops.sum(x[tuple(index)], axis=axis))
+    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
 
 
 def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):

@@ -9,9 +9,11 @@ from keras import backend as _keras_backend
 
 from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
+from keras_adafisher.backend.common import cond
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import drop_stale_answer
 from keras_adafisher.backend.common import gradients_of
+from keras_adafisher.backend.common import groups_of_rows
 from keras_adafisher.backend.common import has_answers
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
@@ -27,6 +29,7 @@ from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import write_request
 
 if _keras_backend.backend() == "jax":
+    from keras_adafisher.backend.jax import groups_of_rows
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
 elif _keras_backend.backend() == "tensorflow":
@@ -38,6 +41,7 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import sum_over_replicas
 elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
+    from keras_adafisher.backend.torch import cond
     from keras_adafisher.backend.torch import drop_stale_answer
     from keras_adafisher.backend.torch import gradients_of
     from keras_adafisher.backend.torch import has_answers
@@ -54,9 +58,11 @@ __all__ = [
     "Updater",
     "check_same_strategy",
     "close_tap",
+    "cond",
     "creation_scope",
     "drop_stale_answer",
     "gradients_of",
+    "groups_of_rows",
     "has_answers",
     "in_replica",
     "is_requested",

@@ -1,5 +1,6 @@
 """What a backend does that needs no exception."""
 
+import collections
 import contextlib
 
 from keras import ops
@@ -141,6 +142,29 @@ def layout_like(parameters, shape):
 def keep_layout(tensor, variable):
     """`tensor`, laid out over devices like the variable it is meant for."""
     return tensor
+
+
+def groups_of_rows(measurements):
+    """Group measurements whose vectors are computed with as one matrix.
+
+    A model has many layers, but its vectors have few lengths, and it is the
+    number of operations that takes time to trace and to run.
+
+    Args:
+        measurements: List of `Measurement`.
+
+    Returns:
+        List of lists, each of measurements of one kind.
+    """
+    groups = collections.defaultdict(list)
+    for measurement in measurements:
+        groups[measurement.kind].append(measurement)
+    return list(groups.values())
+
+
+def cond(pred, true_fn, false_fn):
+    """`keras.ops.cond`, where `pred` may be a bool."""
+    return ops.cond(pred, true_fn, false_fn)
 
 
 def mean(x, axis):

@@ -6,9 +6,6 @@ Fisher information: the shapes of the two factors, how they are measured from
 make up the Fisher diagonal of the weight and of the bias.
 """
 
-from keras import ops
-
-from keras_adafisher import factors
 from keras_adafisher.statistics import rank_one_factors
 
 
@@ -29,12 +26,19 @@ class Block:
             shares the weight's, as it does in most layers.
         is_estimated: Bool. Whether the factors come from the gradient of the
             weight, not from a tap: see `GradientBlock`.
+        normalizes_one: Bool. Whether the entry 1 that `H` has for the bias
+            takes part in the normalization, as in a dense map. It is 1 after
+            it otherwise.
+        epsilon_scale: Number. Multiplies `AdaFisher`'s `epsilon`, for blocks
+            whose `H` the authors' code divides by it.
     """
 
     activation_shape = ()
     gradient_shape = ()
     bias_gradient_shape = None
     is_estimated = False
+    normalizes_one = True
+    epsilon_scale = 1
 
     def __init__(self, weight, bias=None):
         self.weight = weight
@@ -87,20 +91,6 @@ class Block:
             `bias_gradient_shape` or `None`.
         """
         return statistic, None
-
-    def normalize_activation(self, statistic, epsilon):
-        """Normalize a measured `H` and the entry 1 that belongs to the bias.
-
-        Args:
-            statistic: Tensor of shape `activation_shape`.
-            epsilon: Float, see `factors.min_max`.
-
-        Returns:
-            A tensor like `statistic` and a scalar tensor.
-        """
-        if self.bias is None:
-            return factors.min_max(statistic, epsilon), ops.ones(())
-        return factors.min_max_with_one(statistic, epsilon)
 
     def estimate_from_gradient(self, gradient):
         """Estimate `H` and `S` from the gradient of the weight alone.

@@ -59,6 +59,10 @@ class ConvBlock(Block):
         self.channels_first = data_format == "channels_first"
         self.groups = groups
         self.activation_shape = (*kernel_size, channels // groups, groups)
+        # The authors' code divides `H`, the 1 of the bias included, by the
+        # number of inputs to a filter. That only changes what `epsilon`
+        # amounts to.
+        self.epsilon_scale = math.prod(self.activation_shape[:-1])
         self.gradient_shape = (filters,)
 
     def activation_statistic(self, h):
@@ -77,13 +81,6 @@ class ConvBlock(Block):
 
     def gradient_statistic(self, s):
         return channel_mean_square(s, self.channels_first)
-
-    def normalize_activation(self, statistic, epsilon):
-        # The authors' code divides a convolution's `H`, the 1 of the bias
-        # included, by the number of inputs to a filter. That only changes
-        # what `epsilon` amounts to.
-        inputs = math.prod(self.activation_shape[:-1])
-        return super().normalize_activation(statistic, epsilon * inputs)
 
     def estimate_from_gradient(self, gradient):
         # Filters are ordered by group as well.

@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 
-from keras_adafisher import factors
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.block import Block
@@ -23,6 +22,9 @@ class ScaleBlock(Block):
         shape: Tuple of ints, the parameters' shape.
     """
 
+    # Scale and shift are factored apart.
+    normalizes_one = False
+
     def __init__(self, weight, bias, axis, shape):
         super().__init__(weight, bias)
         self.axis = tuple(axis)
@@ -34,10 +36,6 @@ class ScaleBlock(Block):
 
     def gradient_statistic(self, s):
         return self._mean_square(s)
-
-    def normalize_activation(self, statistic, epsilon):
-        # Scale and shift are factored apart, so 1 isn't part of the vector.
-        return factors.min_max(statistic, epsilon), ops.ones(())
 
     def _mean_square(self, x):
         rank = len(x.shape)
