@@ -281,12 +281,11 @@ def _take_in_rows(rows, totals, gamma_1, gamma_2):
         high = ops.maximum(high, 1)
 
     def average(variables, new):
-        old = _join([ops.convert_to_tensor(v) for v in variables])
+        old = _join([v.value for v in variables])
         new = factors.running_average(old, new, gamma_1, gamma_2)
         new = _split(ops.where(is_usable, new, old), variables)
         for variable, value in zip(variables, new, strict=True):
-            if len(rows) > 1:
-                value = ops.reshape(value, variable.shape)
+            value = _reshape(value, variable.shape)
             yield id(variable), backend.keep_layout(value, variable)
 
     x = factors.min_max(x, first.epsilon, low, high)
@@ -302,7 +301,10 @@ def _join(tensors):
     """Make tensors of one size the rows of a matrix. A single one stays."""
     if len(tensors) == 1:
         return tensors[0]
-    return ops.stack([ops.reshape(tensor, (-1,)) for tensor in tensors])
+    if all(len(tensor.shape) == 0 for tensor in tensors):
+        return ops.expand_dims(ops.stack(tensors), 1)
+    size = math.prod(tensors[0].shape)
+    return ops.stack([_reshape(tensor, (size,)) for tensor in tensors])
 
 
 def _axis(rows):
@@ -313,3 +315,7 @@ def _axis(rows):
 def _split(tensor, rows):
     """Undo `_join`, up to the shapes."""
     return [tensor] if len(rows) == 1 else ops.unstack(tensor)
+
+
+def _reshape(tensor, shape):
+    return tensor if tensor.shape == shape else ops.reshape(tensor, shape)

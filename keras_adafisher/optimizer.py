@@ -19,6 +19,7 @@ from keras import ops
 from keras_adafisher import backend
 from keras_adafisher.curvature import Curvature
 from keras_adafisher.curvature import take_in
+from keras_adafisher.probe import ask
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_at
 
@@ -382,8 +383,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 the optimizer takes measurements in, it makes no difference.
         """
         if self.built:
-            for curvature in self._curvatures:
-                curvature.probe.ask(wanted, self.assign, self)
+            probes = [curvature.probe for curvature in self._curvatures]
+            ask(probes, wanted, self.assign, self)
 
     def load_own_variables(self, store):
         """Set the state of this optimizer object."""

@@ -22,6 +22,7 @@ of the ones tells how many there were. No answer at all (an unused layer) sums
 up to 0.
 """
 
+import collections
 import weakref
 
 from keras import ops
@@ -139,22 +140,8 @@ class Probe:
             for shape, gradient in zip(self.shapes.values(), found, strict=True)
         ]
 
-    def ask(self, wanted, assign, optimizer=None):
-        """Say whether the next backward pass is to answer.
-
-        Args:
-            wanted: Bool or boolean tensor.
-            assign: Callable `(variable, value)`.
-            optimizer: The optimizer that asks. Others that train the same
-                block keep their requests. `None`: on behalf of the one that
-                comes next.
-        """
-        number = self._number_of(optimizer)
-        # An optimizer that asks has come.
-        mask = ~(1 << number | 1 << _WHOEVER_COMES)
-        backend.write_request(self, mask, wanted, 1 << number, assign)
-
-    def _number_of(self, optimizer):
+    def number_of(self, optimizer):
+        """The number of an optimizer among those that train the block."""
         if optimizer is None:
             return _WHOEVER_COMES
         if optimizer not in self._numbers:
@@ -162,6 +149,26 @@ class Probe:
             free = (n for n in range(1, _LAST) if n not in taken)
             self._numbers[optimizer] = next(free, _LAST)
         return self._numbers[optimizer]
+
+
+def ask(probes, wanted, assign, optimizer=None):
+    """Say whether the next backward pass is to answer.
+
+    Args:
+        probes: List of `Probe`s.
+        wanted: Bool or boolean tensor.
+        assign: Callable `(variable, value)`.
+        optimizer: The optimizer that asks. Others that train the same
+            blocks keep their requests. `None`: on behalf of the one that
+            comes next.
+    """
+    groups = collections.defaultdict(list)
+    for probe in probes:
+        groups[probe.number_of(optimizer)].append(probe)
+    for number, group in groups.items():
+        # An optimizer that asks has come.
+        mask = ~(1 << number | 1 << _WHOEVER_COMES)
+        backend.write_requests(group, mask, wanted, 1 << number, assign)
 
 
 def probe_of(variable):

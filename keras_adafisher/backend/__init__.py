@@ -26,7 +26,7 @@ from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import Updater
-from keras_adafisher.backend.common import write_request
+from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import groups_of_rows
@@ -51,7 +51,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import open_tap
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
-    from keras_adafisher.backend.torch import write_request
+    from keras_adafisher.backend.torch import write_requests
     from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
@@ -74,5 +74,5 @@ __all__ = [
     "pointwise_conv",
     "step_number",
     "sum_over_replicas",
-    "write_request",
+    "write_requests",
 ]

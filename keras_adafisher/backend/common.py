@@ -70,19 +70,21 @@ def is_requested(request):
     return request > 0
 
 
-def write_request(probe, mask, wanted, bit, assign):
-    """Write some bits of a request, and leave the others.
+def write_requests(probes, mask, wanted, bit, assign):
+    """Write some bits of requests, and leave the others.
 
     Args:
-        probe: `Probe`.
+        probes: List of `Probe`s.
         mask: Int, the bits to leave.
         wanted: What a comparison with `step_number()` gives.
         bit: Int, the bit to set if `wanted`.
         assign: Callable `(variable, value)`.
     """
-    request = ops.cast(ops.convert_to_tensor(probe.request), "int32")
-    request = ops.bitwise_and(request, mask) + ops.cast(wanted, "int32") * bit
-    assign(probe.request, ops.cast(request, "float32"))
+    requests = ops.stack([probe.request.value for probe in probes])
+    requests = ops.bitwise_and(ops.cast(requests, "int32"), mask)
+    requests = ops.cast(requests + ops.cast(wanted, "int32") * bit, "float32")
+    for probe, request in zip(probes, ops.unstack(requests), strict=True):
+        assign(probe.request, request)
 
 
 def step_number(iterations):

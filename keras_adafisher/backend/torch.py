@@ -102,8 +102,9 @@ def cond(pred, true_fn, false_fn):
     return true_fn() if pred else false_fn()
 
 
-def write_request(probe, mask, wanted, bit, assign):
-    probe.listening = probe.listening & mask | (bit if wanted else 0)
+def write_requests(probes, mask, wanted, bit, assign):
+    for probe in probes:
+        probe.listening = probe.listening & mask | (bit if wanted else 0)
 
 
 def step_number(iterations):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_adafisher import backend
+from keras_adafisher.probe import ask
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import tap
@@ -188,8 +189,7 @@ class LayerWrapper(keras.layers.Layer):
 
     def measure_next_step(self):
         """Ask the probes for an answer."""
-        for probe in self.probes:
-            probe.ask(True, lambda variable, value: variable.assign(value))
+        ask(self.probes, True, lambda variable, value: variable.assign(value))
 
     def has_the_blocks_of(self, other):
         """Whether another wrapper, or `None`, factors the same parameters."""
