@@ -211,48 +211,64 @@ def tap(z, h, probe):
     probe.is_tapped = True
     if not backend.open_tap(probe):
         return z
-    block = probe.block
+
+    request, activation, gradient = map(ops.convert_to_tensor, probe.inputs)
+    is_requested = backend.is_requested(request)
+    # No backend hands a sparse tensor through a custom gradient. There is no
+    # gradient from here: `h` has its own way back through the layer.
+    h = ops.stop_gradient(ops.convert_to_tensor(h, sparse=False))
+    # In the forward pass, so that the backward pass doesn't keep `h` alive: a
+    # compiler may have it there in another form only.
+    activation_answer = _activation_answer(
+        probe.block, probe.activation, is_requested, h
+    )
 
     @ops.custom_gradient
-    def identity(z, h, request, activation, gradient):
+    def identity(z, activation_answer, request, activation, gradient):
         def grad(*args, upstream=None):
             if upstream is None:
                 # TensorFlow and JAX pass it by position, PyTorch by name.
                 (upstream,) = args
             backend.drop_stale_answer(probe)
-
-            def keep_layout(answers):
-                return tuple(map(backend.keep_layout, answers, probe.inputs))
-
-            def answer():
-                return keep_layout(
-                    (
-                        ops.ones((), "float32"),
-                        block.activation_statistic(h),
-                        block.gradient_statistic(upstream),
-                    )
-                )
-
-            def silence():
-                return (
-                    ops.zeros((), "float32"),
-                    ops.zeros(block.activation_shape, "float32"),
-                    ops.zeros(block.gradient_statistic_shape, "float32"),
-                )
-
-            answers = backend.cond(
-                backend.is_requested(request), answer, silence
+            calls, gradient_answer = _gradient_answer(
+                probe.block,
+                probe.gradient,
+                backend.is_requested(request),
+                upstream,
             )
-            # `h` gets no gradient from here: it has its own way back through
-            # the layer.
-            return (upstream, None, *keep_layout(answers))
+            answers = calls, activation_answer, gradient_answer
+            return (
+                upstream,
+                None,
+                *map(backend.keep_layout, answers, probe.inputs),
+            )
 
         return z, grad
 
-    # No backend hands a sparse tensor through a custom gradient.
-    h = ops.convert_to_tensor(h, sparse=False)
-    return identity(
-        z,
-        ops.stop_gradient(h),
-        *map(ops.convert_to_tensor, probe.inputs),
-    )
+    return identity(z, activation_answer, request, activation, gradient)
+
+
+def _activation_answer(block, like, is_requested, h):
+    """The mean square of `h`, or zeros."""
+
+    def answer():
+        return backend.keep_layout(block.activation_statistic(h), like)
+
+    def silence():
+        return ops.zeros(block.activation_shape, "float32")
+
+    return backend.cond(is_requested, answer, silence)
+
+
+def _gradient_answer(block, like, is_requested, s):
+    """1 and the mean square of `s`, or zeros."""
+
+    def answer():
+        answer = block.gradient_statistic(s)
+        return ops.ones((), "float32"), backend.keep_layout(answer, like)
+
+    def silence():
+        zeros = ops.zeros(block.gradient_statistic_shape, "float32")
+        return ops.zeros((), "float32"), zeros
+
+    return backend.cond(is_requested, answer, silence)

@@ -11,6 +11,7 @@ tap takes needn't be parameters. A wrapped module has the `parameters()` and the
 """
 
 import torch
+from keras import ops
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -98,7 +99,10 @@ def is_requested(request):
 
 def cond(pred, true_fn, false_fn):
     # Each call of `ops.cond` makes one of Keras' operations, which takes longer
-    # than what a small layer measures.
+    # than what a small layer measures. But `torch.compile` fails at the bare
+    # call ("not in cell_and_freevars"), and breaks its graph at an operation.
+    if torch.compiler.is_compiling():
+        return ops.cond(pred, true_fn, false_fn)
     return true_fn() if pred else false_fn()
 
 
