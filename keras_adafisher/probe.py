@@ -7,7 +7,7 @@ pre-activation passes through an identity, the tap, that takes them as further
 inputs. In the backward pass the tap returns the statistics as *their*
 gradients:
 
-    forward    z ────────────────► z
+    forward    z ────────────────► z, and mean h²
     backward   dL/dz ◄──────────── s = dL/dz
                gradient of probe.activation  ◄── mean h²
                gradient of probe.gradient    ◄── mean s²
@@ -48,10 +48,10 @@ class Probe:
         inputs: List of the three.
         variables: Those of them that are Keras variables, which have to be
             differentiated with the parameters: all or, on PyTorch, none.
-        request: Scalar. The next backward pass is to answer unless
-            it is 0. It is the sum of `2**number` over the optimizers that
-            want an answer. It starts at 1: whichever comes first wants one.
-            Its gradient is the number of answers.
+        request: Scalar. The next forward and backward pass are to answer
+            unless it is 0. It is the sum of `2**number` over the optimizers
+            that want an answer. It starts at 1: whichever comes first wants
+            one. Its gradient is the number of answers.
         activation: Of the shape of `H`. Its gradient is the sum of the
             answers. The value isn't used.
         gradient: The same for `S`.
