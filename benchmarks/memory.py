@@ -89,24 +89,10 @@ def make_step_task(name, optimizer, tiny):
 
 
 def peak_jax(name, optimizer, tiny):
-    import jax
+    from jax_program import compiled_step
 
     task = make_step_task(name, optimizer, tiny)
-    model = task.model
-    model._symbolic_build(data_batch=(task.x, task.y, None))
-    tensors = [
-        [variable.value for variable in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    ]
-    # As `make_train_function` does it.
-    step = jax.jit(model.train_step, donate_argnums=0)
-    data = task.x, task.y, None
-    found = step.lower(tensors, data).compile().memory_analysis()
+    found = compiled_step(task.model, task.x, task.y).memory_analysis()
     return (
         found.argument_size_in_bytes
         + found.output_size_in_bytes

@@ -152,7 +152,7 @@ class Probe:
 
 
 def ask(probes, wanted, assign, optimizer=None):
-    """Say whether the next backward pass is to answer.
+    """Say whether the next forward and backward pass are to answer.
 
     Args:
         probes: List of `Probe`s.

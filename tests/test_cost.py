@@ -160,7 +160,7 @@ def test_one_hot_vectors_are_never_built():
 
 def compiled_cost(optimizer, *layers):
     """Operations, bytes accessed and temporary bytes of a compiled step."""
-    import jax
+    from benchmarks.jax_program import compiled_step
 
     model = keras.Sequential(
         [
@@ -171,19 +171,9 @@ def compiled_cost(optimizer, *layers):
         ]
     )
     model.compile(optimizer=optimizer, loss="mse")
-    data = np.ones((BATCH, 16, 16, 8)), np.ones((BATCH, 8)), None
-    model._symbolic_build(data_batch=data)
-    state = [
-        [variable.value for variable in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    ]
-    step = jax.jit(model.train_step, donate_argnums=0)
-    compiled = step.lower(state, data).compile()
+    compiled = compiled_step(
+        model, np.ones((BATCH, 16, 16, 8)), np.ones((BATCH, 8))
+    )
     return np.array(
         [
             compiled.cost_analysis()["flops"],

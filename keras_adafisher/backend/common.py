@@ -165,7 +165,7 @@ def groups_of_rows(measurements):
 
 
 def cond(pred, true_fn, false_fn):
-    """`keras.ops.cond`, where `pred` may be a bool."""
+    """`keras.ops.cond`. `pred` is a bool where `is_requested` returns one."""
     return ops.cond(pred, true_fn, false_fn)
 
 

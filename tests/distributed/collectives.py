@@ -7,6 +7,8 @@ import re
 import jax
 import keras
 
+from benchmarks.jax_program import state_of
+
 OPERATIONS = {
     "all-gather",
     "all-reduce",
@@ -35,15 +37,7 @@ def count(model, x, y):
         for a in (x, y)
     ]
     model.optimizer.build(model.trainable_variables)
-    state = tuple(
-        [v.value for v in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    )
+    state = state_of(model)
     # As Keras' `fit` compiles it.
     shardings = jax.tree.map(lambda value: value.sharding, state)
     step = jax.jit(
