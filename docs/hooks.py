@@ -1,0 +1,44 @@
+"""What mkdocs does to the pages besides rendering them.
+
+A line of a page that consists of a link to a section of README.md,
+
+    [What is factored](../README.md#what-is-factored)
+
+is replaced by that section. On GitHub it is the link, on the site the text, and
+the text exists once.
+"""
+
+import pathlib
+import re
+
+import mkdocs.exceptions
+
+ROOT = pathlib.Path(__file__).parents[1]
+LINK = re.compile(r"^\[[^\]]*\]\((?:\.\./)+README\.md#([\w-]+)\)$", re.MULTILINE)
+
+
+def on_page_markdown(markdown, page, **_):
+    """Replace links to sections of the README by the sections."""
+    up = "../" * page.file.src_uri.count("/")
+    return LINK.sub(lambda match: _section(match[1], up), markdown)
+
+
+def on_files(files, config, **_):
+    """Let mkdocs build again, in `mkdocs serve`, when the README changes."""
+    config.watch.append(str(ROOT / "README.md"))
+    return files
+
+
+def _section(anchor, up):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    # A heading of level 2, and all up to the next one.
+    for part in re.split(r"^## ", readme, flags=re.MULTILINE)[1:]:
+        title, _, body = part.partition("\n")
+        if _slug(title) == anchor:
+            # The README's links start at the root, the site's at docs/.
+            return re.sub(r"\]\(docs/", f"]({up}", body.strip())
+    raise mkdocs.exceptions.PluginError(f"README.md has no section #{anchor}")
+
+
+def _slug(title):
+    return re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-")
