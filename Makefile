@@ -15,7 +15,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models bench bench-quick docs-coverage \
+.PHONY: demo test test-models bench bench-quick docs dist docs-coverage \
   docs-compatibility docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
@@ -58,6 +58,17 @@ bench bench-quick: $(VENV)/.test
 	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 
+# The site, in site/. Fails on a broken link or anchor. Needs no network once
+# its tools are installed.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The distributions, in dist/, as PyPI takes them.
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
 	$(BIN)/python docs/coverage.py
@@ -79,7 +90,7 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -94,4 +105,13 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) "ruff>=0.17"
+	@touch $@
+
+# Without a backend: the docstrings are read, not imported.
+$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable ".[docs]"
+	@touch $@
+
+$(VENV)/.dist: $(BIN)/python constraints.txt
+	$(PIP_INSTALL) build twine
 	@touch $@

@@ -14,7 +14,9 @@ import re
 import mkdocs.exceptions
 
 ROOT = pathlib.Path(__file__).parents[1]
-LINK = re.compile(r"^\[[^\]]*\]\((?:\.\./)+README\.md#([\w-]+)\)$", re.MULTILINE)
+LINK = re.compile(
+    r"^\[[^\]]*\]\((?:\.\./)+README\.md#([\w-]+)\)$", re.MULTILINE
+)
 
 
 def on_page_markdown(markdown, page, **_):
@@ -36,7 +38,7 @@ def _section(anchor, up):
         title, _, body = part.partition("\n")
         if _slug(title) == anchor:
             # The README's links start at the root, the site's at docs/.
-            return re.sub(r"\]\(docs/", f"]({up}", body.strip())
+            return re.sub(r"\]\(docs/", f"]({up}", body.strip("\n"))
     raise mkdocs.exceptions.PluginError(f"README.md has no section #{anchor}")
 
 

@@ -1,0 +1,102 @@
+"""The pages in docs/ say what is so."""
+
+import ast
+import contextlib
+import functools
+import os
+import pathlib
+import re
+
+import keras
+import matplotlib
+import pytest
+
+from keras_adafisher.wrappers import registry
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BACKENDS = {"JAX": "jax", "TensorFlow": "tensorflow", "PyTorch": "torch"}
+FENCE = re.compile(
+    r"^```(\S*)(?: title=\"([^\"\n]*)\")?\n(.*?)^```$", re.M | re.S
+)
+
+
+def blocks(page, language):
+    """Title and code of each fenced block of a page."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        if match[1] == language:
+            # So that an error tells the line of the page.
+            lines = text.count("\n", 0, match.start(3))
+            yield match[2], "\n" * lines + match[3]
+
+
+PAGES = [
+    str(path.relative_to(DOCS))
+    for path in sorted(DOCS.rglob("*.md"))
+    if any(blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """A page is one program. Titles name the backend that a block is for."""
+    monkeypatch.setattr(registry, "_WRAPPERS", dict(registry._WRAPPERS))
+    namespace = {"__name__": "__main__"}
+    with contextlib.chdir(tmp_path), matplotlib.rc_context({"backend": "agg"}):
+        for title, code in blocks(page, "python"):
+            backend = BACKENDS.get(title, keras.backend.backend())
+            if backend == keras.backend.backend():
+                exec(compile(code, DOCS / page, "exec"), namespace)
+
+
+def test_there_are_pages():
+    assert len(PAGES) >= 6
+
+
+@functools.cache
+def messages():
+    """All strings of the package, with `…` for what is filled in."""
+    found = []
+    for path in (ROOT / "keras_adafisher").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (getattr(part, "value", "") for part in node.values)
+                found.append(
+                    "".join(p if isinstance(p, str) else "…" for p in parts)
+                )
+    return found
+
+
+@pytest.mark.parametrize(
+    "quoted", [code.strip() for _, code in blocks("faq.md", "text")]
+)
+def test_quoted_messages_are_those_of_the_package(quoted):
+    # Values that are filled in on the page may be a variable in the source.
+    pattern = r"\S*".join(map(re.escape, re.split(r"…|damping(?=`|=)", quoted)))
+    pattern = re.sub(r"factor_update_steps|weight_decay", r"\\S*", pattern)
+    assert any(re.search(pattern, message) for message in messages())
+
+
+def test_readme_sections_that_pages_show_exist():
+    """`make docs` replaces links to sections of the README by the sections."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (.*)$", readme, re.M)
+    slugs = {
+        re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles
+    }
+    shown = set()
+    for path in DOCS.rglob("*.md"):
+        shown |= set(
+            re.findall(r"README\.md#([\w-]+)\)", path.read_text("utf-8"))
+        )
+    assert shown
+    assert shown <= slugs
+
+
+def test_links_in_the_readme_lead_somewhere():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", readme):
+        assert os.path.exists(ROOT / link), link
