@@ -4,7 +4,7 @@ A line of a page that consists of a link to a section of README.md,
 
     [What is factored](../README.md#what-is-factored)
 
-is replaced by that section. On GitHub it is the link, on the site the text, and
+is replaced by that section, up to its first heading. On GitHub it is the link, on the site the text, and
 the text exists once.
 """
 
@@ -25,18 +25,13 @@ def on_page_markdown(markdown, page, **_):
     return LINK.sub(lambda match: _section(match[1], up), markdown)
 
 
-def on_files(files, config, **_):
-    """Let mkdocs build again, in `mkdocs serve`, when the README changes."""
-    config.watch.append(str(ROOT / "README.md"))
-    return files
-
-
 def _section(anchor, up):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    # A heading of level 2, and all up to the next one.
+    # A heading of level 2, and all up to the next one of any level.
     for part in re.split(r"^## ", readme, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
         if _slug(title) == anchor:
+            body, _, _ = body.partition("\n### ")
             # The README's links start at the root, the site's at docs/.
             return re.sub(r"\]\(docs/", f"]({up}", body.strip("\n"))
     raise mkdocs.exceptions.PluginError(f"README.md has no section #{anchor}")

@@ -71,7 +71,7 @@ def messages():
 
 
 @pytest.mark.parametrize(
-    "quoted", [code.strip() for _, code in blocks("faq.md", "text")]
+    "quoted", [code.strip() for _, code in blocks("faq.md", "output")]
 )
 def test_quoted_messages_are_those_of_the_package(quoted):
     # Values that are filled in on the page may be a variable in the source.
