@@ -4,8 +4,8 @@ A line of a page that consists of a link to a section of README.md,
 
     [What is factored](../README.md#what-is-factored)
 
-is replaced by that section, up to its first heading. On GitHub it is the link, on the site the text, and
-the text exists once.
+is replaced by that section, up to its first heading. On GitHub it is the link,
+on the site the text, and the text exists once.
 """
 
 import pathlib

@@ -31,3 +31,64 @@ def test_gan(tmp_path):
     before, after = float(words[0]), float(words[2])
     assert after < 0.7 * before
     assert plot.stat().st_size > 5_000
+
+
+def rows(output):
+    """The cells of each row of the last table that an example printed."""
+    table = output.rpartition("┏")[2]
+    lines = [line for line in table.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+
+
+def number(cell):
+    return float(cell.strip(" %").replace(",", ""))
+
+
+def test_vision_transformer(tmp_path):
+    plot = tmp_path / "vision_transformer.png"
+    output = run(
+        "examples/vision_transformer.py",
+        "--epochs=4",
+        "--depth=1",
+        f"--plot={plot}",
+    )
+    assert "Kronecker factors for 100.00%" in output
+    names, accuracies, *_ = zip(*rows(output), strict=True)
+    assert names == ("Adam", "AdaFisher")
+    assert min(map(number, accuracies)) > 30
+    assert plot.stat().st_size > 10_000
+
+
+def test_language_model():
+    output = run(
+        "examples/language_model.py",
+        "--epochs=1",
+        "--depth=1",
+        "--characters=100000",
+        "--write=20",
+    )
+    assert "Kronecker factors for 100 %" in output
+    bits = {name: number(bits) for name, bits, _ in rows(output)}
+    # It knows more than how frequent each character is.
+    assert bits["AdaFisher"] < bits["(frequencies)"] < bits["(guessing)"]
+    assert "def " in output.rpartition("writes:")[2]
+
+
+def test_transfer_learning():
+    output = run("examples/transfer_learning.py", "--epochs", "3", "5", "3")
+    steps, trained, factored, accuracies = zip(*rows(output), strict=True)
+    assert steps == ("first task", "the head", "fine-tuning")
+    # Only the head trains while the rest is frozen.
+    assert number(trained[1]) < number(trained[0]) == number(trained[2])
+    assert set(factored) == {"100 %"}
+    # Of five classes.
+    assert min(map(number, accuracies)) > 40
+
+
+def test_custom_layer():
+    output = run("examples/custom_layer.py", "--epochs=3")
+    assert "no wrapper for GatedDense" in output
+    (_, without, *_), (_, with_wrapper, _, accuracy) = rows(output)
+    assert number(without) < 10
+    assert number(with_wrapper) == 100
+    assert number(accuracy) > 50
