@@ -69,7 +69,7 @@ def with_head(backbone, training=None):
     return keras.Model(images, keras.layers.Dense(5)(features))
 
 
-def train(model, optimizer, data, epochs):
+def train(model, learning_rate, data, epochs):
     """Compile and train.
 
     Returns:
@@ -77,7 +77,10 @@ def train(model, optimizer, data, epochs):
     """
     train_data, validation_data = data
     model.compile(
-        optimizer,
+        # the one line that differs
+        keras_adafisher.AdaFisher(
+            learning_rate=learning_rate, damping=1e-3, factor_update_steps=10
+        ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -129,30 +132,20 @@ def main():
     if not imagenet:
         print("\nFirst task: digits 0 to 4")
         model = with_head(backbone)
-        # the one line that differs
-        optimizer = keras_adafisher.AdaFisher(
-            learning_rate=1e-3, damping=1e-3, factor_update_steps=10
-        )
         data = load_digits(range(5), training_images=700)
-        add_row("first task", model, train(model, optimizer, data, first))
+        add_row("first task", model, train(model, 1e-3, data, first))
 
     print("\nThe head: digits 5 to 9")
     backbone.trainable = False
     # `training=False`: also when it is thawed, its batch normalization keeps
     # the averages that it has.
     model = with_head(backbone, training=False)
-    optimizer = keras_adafisher.AdaFisher(
-        learning_rate=1e-3, damping=1e-3, factor_update_steps=10
-    )
     data = load_digits(range(5, 10), training_images=100)
-    add_row("the head", model, train(model, optimizer, data, head))
+    add_row("the head", model, train(model, 1e-3, data, head))
 
     print("\nFine-tuning")
     backbone.trainable = True
-    optimizer = keras_adafisher.AdaFisher(
-        learning_rate=1e-4, damping=1e-3, factor_update_steps=10
-    )
-    add_row("fine-tuning", model, train(model, optimizer, data, all_of_it))
+    add_row("fine-tuning", model, train(model, 1e-4, data, all_of_it))
     rich.console.Console().print(table)
 
 
