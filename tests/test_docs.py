@@ -39,9 +39,10 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, request, tmp_path, monkeypatch):
     """A page is one program. Titles name the backend that a block is for."""
     monkeypatch.setattr(registry, "_WRAPPERS", dict(registry._WRAPPERS))
+    request.addfinalizer(lambda: keras.config.set_dtype_policy("float32"))
     namespace = {"__name__": "__main__"}
     with contextlib.chdir(tmp_path), matplotlib.rc_context({"backend": "agg"}):
         for title, code in blocks(page, "python"):
