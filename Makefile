@@ -15,8 +15,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models bench bench-quick docs dist docs-coverage \
-  docs-compatibility docs-distributed lint format clean \
+.PHONY: demo test test-models bench bench-quick quality quality-quick docs \
+  dist docs-coverage docs-compatibility docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -56,6 +56,21 @@ bench bench-quick: $(VENV)/.test
 	  done; \
 	done
 	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
+	  --results benchmarks/results/$(BENCH_LEVEL)
+
+# Writes docs/quality.md, in an hour on two cores. What an interrupted run has
+# measured is kept.
+quality: BENCH_LEVEL := full
+quality: BENCH_OUTPUT := docs
+
+# A few minutes, three small tasks.
+quality-quick: BENCH_LEVEL := quick
+quality-quick: BENCH_OUTPUT := benchmarks/results/quick
+
+quality quality-quick: $(VENV)/.test
+	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality.py \
+	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
+	$(BIN)/python docs/quality.py --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 
 # The site, in site/. Fails on a broken link or anchor. Needs no network once

@@ -74,7 +74,16 @@ class Results:
         print(f"{self._path.stem}: {name}: {rows[name]}", flush=True)
 
 
-def parse_arguments(description):
+def parse_arguments(description, tasks=()):
+    """Read the command line.
+
+    Args:
+        description: String, for `--help`.
+        tasks: Names that `--tasks` can choose from, if there are any.
+
+    Returns:
+        The namespace of arguments.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,6 +91,8 @@ def parse_arguments(description):
     parser.add_argument("--level", choices=LEVELS, default="full")
     parser.add_argument("--fresh", action="store_true", help="start over")
     parser.add_argument("--results", type=pathlib.Path)
+    if tasks:
+        parser.add_argument("--tasks", nargs="+", choices=tasks)
     arguments = parser.parse_args()
     if arguments.results is None:
         arguments.results = ROOT / "benchmarks" / "results" / arguments.level

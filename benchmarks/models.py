@@ -76,8 +76,8 @@ def gpt(size=128, batch=8, sequence=64, depth=2, vocabulary=1000):
     """A decoder-only transformer."""
     inputs = keras.Input((sequence,), dtype="int32")
     x = layers.Embedding(vocabulary, size)(inputs)
-    x = _Positions(sequence)(x)
-    x = _transformer(x, size, depth, causal=True)
+    x = Positions(sequence)(x)
+    x = transformer(x, size, depth, causal=True)
     model = keras.Model(inputs, layers.Dense(vocabulary)(x))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocabulary, (batch, sequence + 1)).astype("int32")
@@ -89,8 +89,8 @@ def vit(size=128, batch=8, image=32, depth=2, patch=4):
     inputs = keras.Input((image, image, 3))
     x = layers.Conv2D(size, patch, strides=patch)(inputs)
     x = layers.Reshape((-1, size))(x)
-    x = _Positions((image // patch) ** 2)(x)
-    x = _transformer(x, size, depth, causal=False)
+    x = Positions((image // patch) ** 2)(x)
+    x = transformer(x, size, depth, causal=False)
     x = layers.GlobalAveragePooling1D()(x)
     return _classifier(inputs, x, batch)
 
@@ -148,7 +148,7 @@ def make_task(name, tiny=False, sizes=None):
     return MODELS[name](**(TINY[name] if tiny else {}), **(sizes or {}))
 
 
-class _Positions(layers.Layer):
+class Positions(layers.Layer):
     """Add a learned vector to each position."""
 
     def __init__(self, length, **kwargs):
@@ -163,7 +163,7 @@ class _Positions(layers.Layer):
         return x + self.embedding(ops.arange(self.length))
 
 
-def _transformer(x, size, depth, causal):
+def transformer(x, size, depth, causal):
     for _ in range(depth):
         h = layers.LayerNormalization()(x)
         h = layers.MultiHeadAttention(4, size // 4)(

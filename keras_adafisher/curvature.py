@@ -233,12 +233,12 @@ class Measurement:
         )
 
 
-def take_in(measured, gamma_1, gamma_2):
+def take_in(measured, gamma_1, gamma_2, normalization="min_max"):
     """Normalize measurements and average them with what the factors are.
 
     Args:
         measured: List of lists of `Measurement`, one for each block.
-        gamma_1, gamma_2: See `AdaFisher`.
+        gamma_1, gamma_2, normalization: See `AdaFisher`.
 
     Returns:
         Dict from the id of a variable to its new value: the old one if the
@@ -260,41 +260,52 @@ def take_in(measured, gamma_1, gamma_2):
             row.is_finite = is_finite
     values = {}
     for rows, totals in groups:
-        values.update(_take_in_rows(rows, totals, gamma_1, gamma_2))
+        normalized = _normalize(rows, totals, normalization)
+        values.update(_average(rows, *normalized, gamma_1, gamma_2))
     return values
 
 
-def _take_in_rows(rows, totals, gamma_1, gamma_2):
-    """The same for measurements of one kind, the rows of one matrix."""
+def _normalize(rows, totals, normalization):
+    """Normalize measurements of one kind, the rows of one matrix.
+
+    Returns:
+        A tensor like `totals`, and one with an entry for each row: the
+        factors of the inputs that are 1.
+    """
     first = rows[0]
+    calls = ops.maximum(_join([row.calls for row in rows]), 1)
+    x = totals / (calls * first.scale)
+    axis = _axis(rows)
+    if normalization == "mean":
+        mean = ops.mean(x, axis=axis, keepdims=axis is not None)
+        x = factors.mean_scaled(x, first.epsilon, mean)
+        return x, ops.ones_like(mean)
+    low = ops.min(x, axis=axis, keepdims=axis is not None)
+    high = ops.max(x, axis=axis, keepdims=axis is not None)
+    one = ops.ones_like(low)
+    if first.normalizes_one:
+        low = ops.minimum(low, 1)
+        high = ops.maximum(high, 1)
+        one = factors.min_max(one, first.epsilon, low, high)
+    return factors.min_max(x, first.epsilon, low, high), one
+
+
+def _average(rows, x, one, gamma_1, gamma_2):
+    """Pairs of a variable's id and its new value."""
     is_usable = ops.logical_and(
         _join([row.uses for row in rows]) > 0,
         _join([row.is_finite for row in rows]),
     )
-    calls = ops.maximum(_join([row.calls for row in rows]), 1)
-    x = totals / (calls * first.scale)
-    axis = _axis(rows)
-    low = ops.min(x, axis=axis, keepdims=axis is not None)
-    high = ops.max(x, axis=axis, keepdims=axis is not None)
-    if first.normalizes_one:
-        low = ops.minimum(low, 1)
-        high = ops.maximum(high, 1)
-
-    def average(variables, new):
+    pairs = [([row.variable for row in rows], x)]
+    if rows[0].one is not None:
+        pairs.append(([row.one for row in rows], one))
+    for variables, new in pairs:
         old = _join([v.value for v in variables])
         new = factors.running_average(old, new, gamma_1, gamma_2)
         new = _split(ops.where(is_usable, new, old), variables)
         for variable, value in zip(variables, new, strict=True):
             value = _reshape(value, variable.shape)
             yield id(variable), backend.keep_layout(value, variable)
-
-    x = factors.min_max(x, first.epsilon, low, high)
-    yield from average([row.variable for row in rows], x)
-    if first.one is not None:
-        one = ops.ones_like(low)
-        if first.normalizes_one:
-            one = factors.min_max(one, first.epsilon, low, high)
-        yield from average([row.one for row in rows], one)
 
 
 def _join(tensors):

@@ -46,6 +46,28 @@ def min_max(x, epsilon=0.0, low=None, high=None):
     return (x - low) / span
 
 
+def mean_scaled(x, epsilon=0.0, mean=None):
+    """Divide all entries of a tensor by their mean.
+
+    `x' = x / (mean + epsilon)`. Where Min–Max normalization says how an entry
+    compares with the smallest and the largest, this keeps how many times larger
+    one is than another, and one outlier doesn't squeeze all others together.
+    Ours.
+
+    Args:
+        x: Float tensor of any shape, of entries that aren't negative.
+        epsilon: Float. Added to the mean. With 0 the result doesn't depend
+            on the scale of `x`.
+        mean: Tensor that broadcasts to `x`. Defaults to the mean of `x`.
+
+    Returns:
+        A tensor like `x`. Zeros give zeros.
+    """
+    mean = (ops.mean(x) if mean is None else mean) + epsilon
+    mean = ops.where(mean > _SMALLEST_NORMAL, mean, ops.ones_like(mean))
+    return x / mean
+
+
 def running_average(average, value, gamma_1, gamma_2):
     """`(1 - gamma_1) * average + gamma_2 * value`.
 

@@ -36,8 +36,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
     `H` and `S` are running averages of two small vectors per layer, the mean
     square of the layer's inputs and the mean square of the gradients at its
-    pre-activations, each scaled to the range from 0 to 1. There is no square
-    root, and one momentum slot per parameter where Adam has two.
+    pre-activations, each normalized. There is no square root of a matrix or of
+    a parameter's entries, and one momentum slot per parameter where Adam has
+    two.
 
     The vectors are measured by wrappers around the layers.
     `model.compile(optimizer=AdaFisher())` wraps the model; in a custom
@@ -45,12 +46,27 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
     Parameters that no wrapper factors (`keras_adafisher.coverage(model)`
     lists them) are updated by AdamW's rule with the same `learning_rate`,
-    `weight_decay` and first moment.
+    `weight_decay` and first moment, Nesterov's or not.
 
-    Note that with the default settings `H * S` stays below 1e-4, and the
-    step is close to `learning_rate / damping = 1` times the momentum. A
-    learning rate that suits Adam suits AdaFisher only together with a
-    `damping` of its own.
+    As published, the size of a step follows that of the gradient. By default,
+    each parameter's step is divided by one more number, the root mean square
+    over all entries of what its gradients, divided by `H * S + damping`, were
+    lately (`rms_decay`). So a step is about as large as Adam's, learning rates
+    that suit Adam suit AdaFisher, and the scale of the loss doesn't matter.
+
+    The update as published, with the settings of the authors' code:
+
+        AdaFisher(
+            learning_rate=0.001,
+            damping=0.001,
+            gamma_1=0.92,
+            gamma_2=0.008,
+            factor_update_steps=100,
+            epsilon=1e-6,
+            normalization="min_max",
+            nesterov=False,
+            rms_decay=None,
+        )
 
     References:
         - [Martins Gomes et al., ICLR 2025](https://arxiv.org/abs/2405.16397)
@@ -59,25 +75,38 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         learning_rate: A float, a
             `keras.optimizers.schedules.LearningRateSchedule` instance, or
             a callable that takes no arguments and returns the actual value to
-            use. The learning rate. Defaults to `0.001`.
+            use. The learning rate. Defaults to `0.003`.
         beta: A float in [0, 1). The exponential decay rate of the momentum.
             Defaults to `0.9`.
-        damping: A positive float, added to the Fisher diagonal. Defaults to
-            `0.001`.
+        damping: A positive float, added to the Fisher diagonal. With
+            `normalization="mean"` the diagonal is 1 on average. Defaults to
+            `1.0`.
         gamma_1: A float in [0, 1). The share of the running factors that a
-            new measurement replaces. Defaults to `0.92`.
+            new measurement replaces. Defaults to `0.2`.
         gamma_2: A float in [0, 1). The weight of a new measurement in the
-            running factors. Defaults to `0.008`.
+            running factors. Defaults to `0.2`.
         factor_update_steps: A positive integer. The factors are measured
-            every so many steps, the first step included. Defaults to `100`.
-        epsilon: A non-negative float, added to the range that a measurement
-            is divided by. Defaults to `0.0`, for which the normalization
+            every so many steps, the first step included. Defaults to `10`.
+        epsilon: A non-negative float, added to what a measurement is divided
+            by to normalize it. Defaults to `0.0`, for which the normalization
             doesn't depend on the scale of the loss. The authors' code uses
             `1e-6`.
+        normalization: "mean" or "min_max". What a measurement of `H` or `S`
+            is divided by, so that layers compare: the mean of its entries, or
+            their range after the smallest is taken off, as published, which
+            puts them between 0 and 1. Defaults to `"mean"`.
+        nesterov: Bool. Whether to apply Nesterov momentum. Defaults to `True`.
+        rms_decay: A float in [0, 1) or `None`. The decay rate of the mean
+            square, over all entries of a parameter, of the gradient divided by
+            `H * S + damping`, by whose root the parameter's step is divided.
+            `None` leaves this out, as published. One more number per
+            parameter. Ours; the scale of a block is Adam-mini's
+            (arXiv 2406.16793). Defaults to `0.99`.
         adam_beta_2: A float in [0, 1). The decay rate of the second moment of
             parameters without factors. Defaults to `0.999`.
-        adam_epsilon: A non-negative float, added to the square root of that
-            second moment. Defaults to `1e-7`.
+        adam_epsilon: A non-negative float, added to the square roots of that
+            second moment and of the mean square of `rms_decay`. Defaults to
+            `1e-7`.
         name: String. The name to use for momentum accumulator weights created
             by the optimizer. Defaults to "adafisher", and then
             "adafisher_1" and so on.
@@ -112,13 +141,16 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=0.001,
+        learning_rate=0.003,
         beta=0.9,
-        damping=0.001,
-        gamma_1=0.92,
-        gamma_2=0.008,
-        factor_update_steps=100,
+        damping=1.0,
+        gamma_1=0.2,
+        gamma_2=0.2,
+        factor_update_steps=10,
         epsilon=0.0,
+        normalization="mean",
+        nesterov=True,
+        rms_decay=0.99,
         adam_beta_2=0.999,
         adam_epsilon=1e-7,
         weight_decay=None,
@@ -141,6 +173,18 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         _check_decay_rate("beta", beta)
         _check_decay_rate("gamma_1", gamma_1)
         _check_decay_rate("gamma_2", gamma_2)
+        if rms_decay is not None:
+            _check_decay_rate("rms_decay", rms_decay)
+        if normalization not in ("mean", "min_max"):
+            raise ValueError(
+                'Argument `normalization` must be "mean" or "min_max". '
+                f"Received: normalization={normalization}"
+            )
+        if not isinstance(nesterov, bool):
+            raise ValueError(
+                "Argument `nesterov` must be a boolean. "
+                f"Received: nesterov={nesterov}"
+            )
         _check_decay_rate("adam_beta_2", adam_beta_2)
         if not _is_number(damping) or not 0 < damping < float("inf"):
             raise ValueError(
@@ -184,6 +228,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         self.gamma_2 = float(gamma_2)
         self.factor_update_steps = int(factor_update_steps)
         self.epsilon = float(epsilon)
+        self.normalization = normalization
+        self.nesterov = nesterov
+        self.rms_decay = None if rms_decay is None else float(rms_decay)
         self.adam_beta_2 = float(adam_beta_2)
         self.adam_epsilon = float(adam_epsilon)
 
@@ -241,12 +288,24 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 self._fisher_terms[index].append(term)
                 if parameter is curvature.block.weight:
                     self._curvatures_of[index].append(curvature)
+        # What stands in for Adam's second moment: one entry for each of a
+        # parameter without factors, one number for each that has them.
         self._velocities = [None] * len(variables)
         for index, variable in enumerate(variables):
-            has_step = self._momentums[index] is not None
-            if has_step and not self._fisher_terms[index]:
+            if self._momentums[index] is None:
+                continue
+            if not self._fisher_terms[index]:
                 self._velocities[index] = self.add_variable_from_reference(
                     variable, name="velocity"
+                )
+            elif self.rms_decay is not None:
+                self._velocities[index] = self.add_variable(
+                    shape=(),
+                    initializer="zeros",
+                    dtype="float32",
+                    # All replicas write the same value.
+                    aggregation="only_first_replica",
+                    name=f"{_name_of(variable)}_mean_square",
                 )
 
         if self.gradient_accumulation_steps:
@@ -316,30 +375,40 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         index = self._get_variable_index(variable)
         dtype = keras.backend.result_type(variable.dtype, "float32")
         step = ops.cast(self.iterations + 1, dtype)
-        bias_correction = 1 - ops.power(ops.cast(self.beta, dtype), step)
-        lr = ops.cast(learning_rate, dtype) / bias_correction
         gradient = ops.cast(gradient, variable.dtype)
 
         m = self._momentums[index]
         self.assign_add(
             m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
         )
+        m = ops.convert_to_tensor(m)
+        weight = 1 - ops.power(ops.cast(self.beta, dtype), step)
+        if self.nesterov:
+            # The momentum as the next step would have it.
+            ahead = ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
+            m = ops.add(m, ahead)
+            weight = 1 - self.beta * (1 - weight)
+        lr = ops.cast(learning_rate, dtype) / weight
+
         if self._fisher_terms[index]:
             self._estimate_factors(index, gradient)
             denominator = self._fisher(index)
+            decay = self.rms_decay
+            if decay is not None:
+                # The Fisher diagonal is in single precision, and so is this.
+                square = ops.square(ops.divide(gradient, denominator))
+                square = ops.mean(square)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
+            denominator = 1.0
+            decay = self.adam_beta_2
+            square = ops.square(gradient)
+        if decay is not None:
             v = self._velocities[index]
-            self.assign_add(
-                v,
-                ops.multiply(
-                    ops.subtract(ops.square(gradient), v),
-                    1 - self.adam_beta_2,
-                ),
-            )
-            beta_2_power = ops.power(ops.cast(self.adam_beta_2, dtype), step)
-            lr = lr * ops.sqrt(1 - beta_2_power)
-            denominator = ops.add(ops.sqrt(v), self.adam_epsilon)
+            self.assign_add(v, ops.multiply(ops.subtract(square, v), 1 - decay))
+            lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))
+            root = ops.add(ops.sqrt(v), self.adam_epsilon)
+            denominator = ops.multiply(denominator, root)
         self.assign_sub(
             variable,
             ops.divide(
@@ -406,6 +475,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 "gamma_2": self.gamma_2,
                 "factor_update_steps": self.factor_update_steps,
                 "epsilon": self.epsilon,
+                "normalization": self.normalization,
+                "nesterov": self.nesterov,
+                "rms_decay": self.rms_decay,
                 "adam_beta_2": self.adam_beta_2,
                 "adam_epsilon": self.adam_epsilon,
             }
@@ -496,6 +568,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 ],
                 self.gamma_1,
                 self.gamma_2,
+                self.normalization,
             )
             return [curvature.pick(values) for curvature, _ in answered]
 
@@ -522,7 +595,10 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
             def estimated(curvature=curvature):
                 values = take_in(
-                    [curvature.estimated(gradient)], self.gamma_1, self.gamma_2
+                    [curvature.estimated(gradient)],
+                    self.gamma_1,
+                    self.gamma_2,
+                    self.normalization,
                 )
                 return curvature.pick(values)
 
@@ -552,13 +628,16 @@ class AdaFisherW(AdaFisher):
 
     def __init__(
         self,
-        learning_rate=0.001,
+        learning_rate=0.003,
         beta=0.9,
-        damping=0.001,
-        gamma_1=0.92,
-        gamma_2=0.008,
-        factor_update_steps=100,
+        damping=1.0,
+        gamma_1=0.2,
+        gamma_2=0.2,
+        factor_update_steps=10,
         epsilon=0.0,
+        normalization="mean",
+        nesterov=True,
+        rms_decay=0.99,
         adam_beta_2=0.999,
         adam_epsilon=1e-7,
         weight_decay=0.01,
@@ -581,6 +660,9 @@ class AdaFisherW(AdaFisher):
             gamma_2=gamma_2,
             factor_update_steps=factor_update_steps,
             epsilon=epsilon,
+            normalization=normalization,
+            nesterov=nesterov,
+            rms_decay=rms_decay,
             adam_beta_2=adam_beta_2,
             adam_epsilon=adam_epsilon,
             weight_decay=weight_decay,
@@ -617,6 +699,11 @@ def _complete_probes(variables):
             if all(id(v) in known for v in probe.variables):
                 probes[id(probe)] = probe
     return list(probes.values())
+
+
+def _name_of(variable):
+    """As Keras names optimizer variables after those of the model."""
+    return variable.path.replace("/", "_")
 
 
 def _is_number(value):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from models import PLAIN
 from models import probes_in
 from models import product_loss
 from models import to_numpy
@@ -27,6 +28,7 @@ def make_optimizer():
         gamma_1=GAMMA_1,
         gamma_2=GAMMA_2,
         factor_update_steps=1,
+        **PLAIN,
     )
 
 

@@ -13,6 +13,12 @@ def min_max(x, epsilon=0.0):
     return (x - x.min()) / span if span > 0 else np.zeros_like(x)
 
 
+def mean_scaled(x, epsilon=0.0):
+    """`x / (mean + epsilon)`, and 0 for zeros."""
+    mean = x.mean() + epsilon
+    return x / mean if mean > 0 else np.zeros_like(x)
+
+
 def rows(x):
     """All axes but the last, flattened."""
     return np.asarray(x, "float64").reshape(-1, np.shape(x)[-1])
@@ -68,20 +74,29 @@ def patches(x, kernel_size, strides, dilation, padding):
 
 
 class LinearFactors:
-    """Factors of `z = [h, 1] W`: the activation factor has a bias entry."""
+    """Factors of `z = [h, 1] W`: the activation factor has a bias entry.
 
-    def __init__(self, inputs, outputs, bias):
+    With Min–Max normalization that entry takes part in it; divided by the mean
+    of the others, it counts as average.
+    """
+
+    def __init__(self, inputs, outputs, bias, normalization="min_max"):
         self.bias = bias
+        self.normalization = normalization
         self.h = np.ones(inputs + bias)
         self.s = np.ones(outputs)
 
     def update(self, h_rows, s_rows, gamma_1, gamma_2, epsilon=0.0):
         h = np.mean(np.square(h_rows), axis=0)
         s = np.mean(np.square(s_rows), axis=0)
-        if self.bias:
-            h = np.append(h, 1.0)
-        self.h = (1 - gamma_1) * self.h + gamma_2 * min_max(h, epsilon)
-        self.s = (1 - gamma_1) * self.s + gamma_2 * min_max(s, epsilon)
+        if self.normalization == "mean":
+            h, s = mean_scaled(h, epsilon), mean_scaled(s, epsilon)
+            h = np.append(h, [1.0] * self.bias)
+        else:
+            h = min_max(np.append(h, [1.0] * self.bias), epsilon)
+            s = min_max(s, epsilon)
+        self.h = (1 - gamma_1) * self.h + gamma_2 * h
+        self.s = (1 - gamma_1) * self.s + gamma_2 * s
 
     def fisher(self, damping):
         """Fisher diagonals `(inputs, outputs)` and `(outputs,)` or `None`."""
@@ -110,17 +125,38 @@ class ScaleFactors:
 
 
 class Momentum:
-    """`m <- beta m + (1 - beta) g`, and the bias-corrected step `m / F`."""
+    """`m <- beta m + (1 - beta) g`, and the bias-corrected step `m / F`.
 
-    def __init__(self, shape, beta):
-        self.beta = beta
+    Args:
+        shape: Tuple.
+        beta: Float.
+        nesterov: Bool. Whether to look one step ahead with the same gradient.
+        rms_decay: Float or `None`. If a float, the step is divided by the root
+            of the running mean square of `g / F`.
+    """
+
+    def __init__(self, shape, beta, nesterov=False, rms_decay=None):
+        self.beta, self.nesterov, self.rms_decay = beta, nesterov, rms_decay
         self.m = np.zeros(shape)
+        self.v = 0.0
         self.t = 0
 
     def step(self, gradient, fisher):
         self.t += 1
         self.m = self.beta * self.m + (1 - self.beta) * gradient
-        return self.m / (1 - self.beta**self.t) / fisher
+        step = self.m / (1 - self.beta**self.t)
+        if self.nesterov:
+            ahead = self.beta * self.m + (1 - self.beta) * gradient
+            step = ahead / (1 - self.beta ** (self.t + 1))
+        step = step / fisher
+        if self.rms_decay is not None:
+            mean_square = np.mean((gradient / fisher) ** 2)
+            self.v = (
+                self.rms_decay * self.v + (1 - self.rms_decay) * mean_square
+            )
+            root = np.sqrt(self.v / (1 - self.rms_decay**self.t))
+            step = step / root
+        return step
 
 
 class AdamW:

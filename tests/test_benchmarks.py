@@ -6,6 +6,8 @@ import re
 import sys
 
 import keras
+import numpy as np
+import pytest
 from processes import ROOT
 from processes import run
 
@@ -103,3 +105,27 @@ def test_slopes_are_those_of_power_laws():
         assert 0 < error < 0.2
     noise = [{**point, "error": 1e12} for point in points(1)]
     assert performance.slope(noise) is None
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="compiles whole runs with JAX")
+def test_the_quality_benchmark_and_its_page(tmp_path):
+    folder = tmp_path / "results"
+    run("benchmarks/quality.py", "--level=tiny", f"--results={folder}")
+    rows = json.loads((folder / "quality-diabetes-jax.json").read_text())[
+        "rows"
+    ]
+    # The cost of a step, and three comparisons of ten optimizers.
+    assert len(rows) == 1 + 3 * 10
+    for name, row in rows.items():
+        if name.startswith(("tuned", "defaults")):
+            assert all(
+                np.isfinite(run["validation"]).all() for run in row["runs"]
+            )
+    run("docs/quality.py", f"--results={folder}", f"--output={tmp_path}")
+    page = (tmp_path / "quality.md").read_text()
+    # Scores tuned and at the defaults, times to the target, costs, rates.
+    assert page.count("| diabetes, MLP |") == 5
+    for plot in ("curves", "profiles", "robustness"):
+        path = tmp_path / "quality" / f"{plot}.svg"
+        assert path.stat().st_size > 10_000
+        assert f"(quality/{plot}.svg)" in page

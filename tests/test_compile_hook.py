@@ -6,6 +6,7 @@ from models import cross_entropy
 from models import data
 from models import mlp
 from models import probes_in
+from models import PUBLISHED
 
 import keras_adafisher
 
@@ -64,7 +65,7 @@ def test_a_new_optimizer_measures_at_its_first_step():
     x, y = data()
     model = mlp()
     for _ in range(2):
-        optimizer = keras_adafisher.AdaFisher()
+        optimizer = keras_adafisher.AdaFisher(**PUBLISHED)
         model.compile(optimizer, loss=cross_entropy())
         model.fit(x, y, batch_size=16, epochs=2, verbose=0)
         # 1 if it had never measured.

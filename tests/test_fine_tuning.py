@@ -6,6 +6,7 @@ import pytest
 from layer_cases import JIT_COMPILE
 from models import assert_close
 from models import assert_same
+from models import PLAIN
 from models import probes_in
 from models import product_loss
 from models import to_numpy
@@ -27,7 +28,7 @@ LAYERS = {
 
 def compiled(model):
     optimizer = keras_adafisher.AdaFisher(
-        learning_rate=0.1, damping=0.1, factor_update_steps=1
+        learning_rate=0.1, damping=0.1, factor_update_steps=1, **PLAIN
     )
     model.compile(optimizer, loss=product_loss, jit_compile=JIT_COMPILE)
     return model

@@ -329,8 +329,8 @@ def test_one_of_several_optimizers(is_default):
     after = weights(model)
     assert_same(after[:2], before[:2])
     assert np.abs(after[2] - before[2]).max() > 1e-4
-    # Has been measured.
-    assert to_numpy(ours.fisher_diagonal(second.kernel)).max() < 0.02
+    # Has been measured: all factors start at 1.
+    assert np.ptp(to_numpy(ours.fisher_diagonal(second.kernel))) > 0.1
     with pytest.raises(ValueError, match="has Kronecker factors for"):
         ours.fisher_diagonal(first.kernel)
 

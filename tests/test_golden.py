@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 from models import cross_entropy
+from models import PUBLISHED
 from models import to_numpy
 
 import keras_adafisher
@@ -98,7 +99,7 @@ def test_weights_and_factors_follow_the_official_code(tag, record_property):
     model = make_model()
     count = len(model.get_weights())
     model.set_weights([GOLDEN[f"{tag}/w0/{i}"] for i in range(count)])
-    optimizer = optimizer_class(epsilon=1e-6, **arguments)
+    optimizer = optimizer_class(**{**PUBLISHED, **arguments})
     model.compile(optimizer=optimizer, loss=cross_entropy())
 
     worst_weight = worst_factor = 0.0

@@ -10,6 +10,7 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import PLAIN
 from models import state
 from models import to_numpy
 from models import train
@@ -151,7 +152,9 @@ def test_float8(make):
 
 def test_kernels_in_float8_have_factors():
     model = float8_mlp()
-    optimizer = keras_adafisher.AdaFisher(gamma_1=0.9, gamma_2=0.9)
+    optimizer = keras_adafisher.AdaFisher(
+        gamma_1=0.9, gamma_2=0.9, damping=1e-3, **PLAIN
+    )
     model.compile(optimizer, loss=cross_entropy())
     train(model, [0])
     for layer in model.layers:

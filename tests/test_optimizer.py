@@ -13,6 +13,7 @@ from models import cross_entropy
 from models import data
 from models import image_data
 from models import mlp
+from models import PLAIN
 from models import product_loss
 from models import to_numpy
 from models import weights
@@ -34,9 +35,23 @@ def linear(rng, inputs=4, outputs=3):
     return model, layer, steps
 
 
-@pytest.mark.parametrize("factor_update_steps", [1, 3, 100])
-@pytest.mark.parametrize("weight_decay", [None, 0.1])
-def test_weights_follow_the_algorithm(factor_update_steps, weight_decay, rng):
+@pytest.mark.parametrize(
+    ("factor_update_steps", "weight_decay", "rule"),
+    [
+        (1, None, {}),
+        (3, 0.1, {}),
+        (100, None, {}),
+        (1, 0.1, PLAIN),
+        (3, None, PLAIN),
+        (100, 0.1, PLAIN),
+        (2, None, {**PLAIN, "normalization": "mean"}),
+        (2, None, {**PLAIN, "nesterov": True}),
+        (2, None, {**PLAIN, "rms_decay": 0.7}),
+    ],
+)
+def test_weights_follow_the_algorithm(
+    factor_update_steps, weight_decay, rule, rng
+):
     model, layer, steps = linear(rng)
     arguments = {"beta": 0.8, "damping": 0.02, "gamma_1": 0.9, "gamma_2": 0.2}
     optimizer = keras_adafisher.AdaFisher(
@@ -44,12 +59,20 @@ def test_weights_follow_the_algorithm(factor_update_steps, weight_decay, rng):
         factor_update_steps=factor_update_steps,
         weight_decay=weight_decay,
         **arguments,
+        **rule,
     )
     model.compile(optimizer, loss=product_loss)
     kernel, bias = (w.astype("float64") for w in layer.get_weights())
 
-    factors = reference.LinearFactors(4, 3, bias=True)
-    momenta = [reference.Momentum(w.shape, 0.8) for w in (kernel, bias)]
+    # What the arguments that the rule leaves out default to.
+    rule = {
+        "normalization": "mean",
+        "nesterov": True,
+        "rms_decay": 0.99,
+        **rule,
+    }
+    factors = reference.LinearFactors(4, 3, True, rule.pop("normalization"))
+    momenta = [reference.Momentum(w.shape, 0.8, **rule) for w in (kernel, bias)]
     for t, (x, r) in enumerate(steps):
         model.train_on_batch(x, r)
         s = r / r.size
@@ -73,7 +96,7 @@ def test_the_first_step_by_hand():
     model = keras.Sequential([keras.Input((2,)), layer])
     layer.set_weights([np.zeros((2, 2))])
     optimizer = keras_adafisher.AdaFisher(
-        learning_rate=0.5, damping=0.25, gamma_1=0.5, gamma_2=0.5
+        learning_rate=0.5, damping=0.25, gamma_1=0.5, gamma_2=0.5, **PLAIN
     )
     model.compile(optimizer, loss=product_loss)
     # One example: h = (1, 2), and s = y_true / 2 = (1, 3).
@@ -87,6 +110,56 @@ def test_the_first_step_by_hand():
     # The gradient is h s, the bias-corrected momentum of step one as well.
     expected = -0.5 * np.array([[1.0, 3.0], [2.0, 6.0]]) / fisher
     np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-6)
+
+
+def test_the_first_step_by_hand_with_the_default_rule():
+    layer = keras.layers.Dense(2, use_bias=False)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    layer.set_weights([np.zeros((2, 2))])
+    optimizer = keras_adafisher.AdaFisher(
+        learning_rate=0.5, damping=1.0, gamma_1=1 / 3, gamma_2=1 / 3
+    )
+    model.compile(optimizer, loss=product_loss)
+    # h = (1, 2) and s = (1, 3). h² = (1, 4) and s² = (1, 9), divided by their
+    # means 2.5 and 5: (0.4, 1.6) and (0.2, 1.8).
+    model.train_on_batch(np.array([[1.0, 2.0]]), np.array([[2.0, 6.0]]))
+    # The factors are 2/3 + 1/3 of that: (0.8, 1.2) and (11/15, 19/15).
+    fisher = np.outer([0.8, 1.2], [11 / 15, 19 / 15]) + 1
+    np.testing.assert_allclose(
+        to_numpy(optimizer.fisher_diagonal(layer.kernel)), fisher, rtol=1e-6
+    )
+    # After one step momentum is the gradient, with or without Nesterov's, and
+    # the running mean square is that of the step: it has an RMS of 1.
+    step = np.array([[1.0, 3.0], [2.0, 6.0]]) / fisher
+    expected = -0.5 * step / np.sqrt(np.mean(step**2))
+    np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-6)
+
+
+def test_the_scale_of_the_loss_makes_no_difference():
+    """With the default rule, as with Adam."""
+    x, y = data()
+
+    def run(scale):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        loss = cross_entropy()
+        model.compile(
+            keras_adafisher.AdaFisher(factor_update_steps=2, adam_epsilon=0.0),
+            loss=lambda y, z: scale * loss(y, z),
+        )
+        model.fit(x, y, batch_size=16, shuffle=False, epochs=2, verbose=0)
+        return weights(model)
+
+    assert_close(run(1024.0), run(1.0), 1e-6)
+
+
+def test_a_parameter_without_any_gradient_stays():
+    """Its running mean square is zero."""
+    model = mlp()
+    before = weights(model)
+    model.compile(keras_adafisher.AdaFisher(), loss=product_loss)
+    model.train_on_batch(np.ones((4, 6)), np.zeros((4, 3)))
+    assert_same(weights(model), before)
 
 
 def test_the_order_of_the_trainable_variables_does_not_matter():
@@ -132,6 +205,7 @@ def test_parameters_without_factors_take_the_rule_of_adamw():
         lambda: keras_adafisher.AdaFisher(
             1e-2,
             beta=0.8,
+            nesterov=False,
             weight_decay=0.1,
             adam_beta_2=0.99,
             adam_epsilon=1e-5,
@@ -173,7 +247,10 @@ def test_weight_decay_leaves_out_what_is_excluded():
 
 
 def test_no_momentum_is_kept_for_a_probe_and_no_second_one_anywhere():
-    """State: one slot per parameter, two small vectors per layer."""
+    """State: one slot per parameter, two small vectors per layer.
+
+    And one number per parameter, the mean square of its steps.
+    """
     model = mlp()
     model.compile(keras_adafisher.AdaFisher(), loss="mse")
     model.optimizer.build(model.trainable_variables)
@@ -182,7 +259,8 @@ def test_no_momentum_is_kept_for_a_probe_and_no_second_one_anywhere():
     factors = (6 + 5 + 1) + (5 + 3 + 1)
     iteration_and_rate = 2
     total = sum(int(np.prod(v.shape)) for v in model.optimizer.variables)
-    assert total == parameters + factors + iteration_and_rate
+    mean_squares = 4
+    assert total == parameters + factors + mean_squares + iteration_and_rate
 
 
 @pytest.mark.parametrize(
@@ -196,7 +274,7 @@ def test_clipping_does_not_see_the_probes(clip, rng):
         layer = keras.layers.Dense(3)
         model = keras.Sequential([keras.Input((3,)), layer])
         layer.set_weights([np.zeros((3, 3)), np.zeros(3)])
-        optimizer = keras_adafisher.AdaFisher(beta=0.0, **arguments)
+        optimizer = keras_adafisher.AdaFisher(1e-3, 0.0, **PLAIN, **arguments)
         model.compile(optimizer, loss=product_loss)
         model.train_on_batch(x, r)
         fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in layer.weights]
@@ -264,6 +342,7 @@ def test_an_update_takes_in_a_layer_that_its_last_step_did_not_use(rng):
         gamma_2=0.1,
         factor_update_steps=1,
         gradient_accumulation_steps=2,
+        **PLAIN,
     )
     model.compile(optimizer, loss=product_loss, run_eagerly=True)
     expected = reference.LinearFactors(3, 3, bias=True)
@@ -426,7 +505,8 @@ def test_mixed_precision(policy):
     optimizer = model.optimizer.inner_optimizer if scaled else model.optimizer
     history = model.fit(x, y, batch_size=16, epochs=8, verbose=0)
     assert all(v.dtype == "float32" for v in model.trainable_variables)
-    assert np.all(to_numpy(optimizer.fisher_diagonal(model.weights[0])) < 0.1)
+    # Has been measured: all factors start at 1.
+    assert np.ptp(to_numpy(optimizer.fisher_diagonal(model.weights[0]))) > 0.1
     assert history.history["loss"][-1] < history.history["loss"][0]
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
@@ -487,19 +567,22 @@ def test_optimizers_are_found_by_name(name, cls):
     assert type(keras.optimizers.get(name)) is cls
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults():
     config = keras_adafisher.AdaFisher().get_config()
     defaults = {
         "beta": 0.9,
-        "damping": 1e-3,
-        "gamma_1": 0.92,
-        "gamma_2": 0.008,
-        "factor_update_steps": 100,
+        "damping": 1.0,
+        "gamma_1": 0.2,
+        "gamma_2": 0.2,
+        "factor_update_steps": 10,
         "epsilon": 0.0,
+        "normalization": "mean",
+        "nesterov": True,
+        "rms_decay": 0.99,
         "weight_decay": None,
     }
     assert {name: config[name] for name in defaults} == defaults
-    np.testing.assert_allclose(config["learning_rate"], 1e-3)
+    np.testing.assert_allclose(config["learning_rate"], 3e-3)
     assert keras_adafisher.AdaFisherW().weight_decay == 0.01
 
 
@@ -508,6 +591,9 @@ WRONG = [
     ("beta", [-0.1, 1.0, "0.9", None, True], r"must be a float in the range"),
     ("gamma_1", [-0.1, 1.0, 1.5, None], r"must be a float in the range"),
     ("gamma_2", [-0.1, 1.0, "a", None], r"must be a float in the range"),
+    ("rms_decay", [-0.1, 1.0, "0.9", True], r"must be a float in the range"),
+    ("normalization", ["max", None, True], '"mean" or "min_max"'),
+    ("nesterov", [1, None, "yes"], "must be a boolean"),
     ("adam_beta_2", [-0.1, 1.0], r"must be a float in the range"),
     ("damping", [0.0, -1.0, None, float("inf")], "must be a float > 0"),
     ("epsilon", [-1e-9, None, "1e-6"], "must be a float >= 0"),
@@ -574,7 +660,9 @@ def test_a_model_in_which_nothing_can_be_factored_trains_by_adamw():
         return weights(model)
 
     with pytest.warns(UserWarning, match="none of the 1 variables"):
-        actual = train(keras_adafisher.AdaFisher(weight_decay=0.1))
+        actual = train(
+            keras_adafisher.AdaFisher(1e-3, weight_decay=0.1, nesterov=False)
+        )
     expected = train(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
     assert_close(actual, expected, 1e-6)
 

@@ -7,6 +7,7 @@ import pytest
 import reference
 from keras import ops
 from models import assert_close
+from models import PLAIN
 from models import product_loss
 from models import to_numpy
 
@@ -114,7 +115,9 @@ def test_the_readmes_wrapper_for_a_layer_of_ones_own(rng):
     x = rng.normal(size=(4, 3)).astype("float32")
     r = rng.normal(size=(4, 2)).astype("float32")
     y = model.predict(x, verbose=0)
-    optimizer = keras_adafisher.AdaFisher(damping=0.1, gamma_1=0.9, gamma_2=0.2)
+    optimizer = keras_adafisher.AdaFisher(
+        damping=0.1, gamma_1=0.9, gamma_2=0.2, **PLAIN
+    )
     model.compile(optimizer, loss=product_loss)
     model.train_on_batch(x, r)
     expected = reference.LinearFactors(3, 2, bias=False)

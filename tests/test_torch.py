@@ -11,6 +11,7 @@ from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import probes_in
+from models import PUBLISHED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import keras_adafisher
@@ -191,7 +192,9 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(value):
         keras.utils.set_random_seed(0)
         model = cnn()
         keras_adafisher.wrap(model)
-        optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+        optimizer = keras_adafisher.AdaFisher(
+            **{**PUBLISHED, "factor_update_steps": 1}
+        )
         optimizer.build(model.trainable_variables)
         # Without batch statistics, which the skipped step would change.
         model.layers[1].trainable = False
@@ -213,7 +216,9 @@ def test_backward_passes_add_up_until_the_gradients_are_cleared():
         model = cnn()
         model.layers[1].trainable = False
         keras_adafisher.wrap(model)
-        optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+        optimizer = keras_adafisher.AdaFisher(
+            **{**PUBLISHED, "factor_update_steps": 1}
+        )
         optimizer.build(model.trainable_variables)
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             backward(model, cross_entropy(), *part)

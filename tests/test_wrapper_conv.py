@@ -4,6 +4,7 @@ import pytest
 import reference
 from keras import ops
 from models import assert_same
+from models import PLAIN
 from models import product_loss
 from models import to_numpy
 
@@ -59,7 +60,7 @@ def test_fisher_diagonal_from_explicit_patches(case, epsilon, rng):
     x = rng.normal(size=(3, 5, 7, 4)).astype("float32")
     r = rng.normal(size=(3, *model.output_shape[1:])).astype("float32")
     optimizer = keras_adafisher.AdaFisher(
-        damping=0.01, gamma_1=0.9, gamma_2=0.1, epsilon=epsilon
+        damping=0.01, gamma_1=0.9, gamma_2=0.1, epsilon=epsilon, **PLAIN
     )
     model.compile(optimizer, loss=product_loss)
     model.train_on_batch(x, r)
@@ -146,7 +147,7 @@ def test_an_image_size_that_is_known_only_at_run_time(rng):
         ]
     )
     optimizer = keras_adafisher.AdaFisher(
-        damping=0.01, gamma_1=0.9, gamma_2=0.1
+        damping=0.01, gamma_1=0.9, gamma_2=0.1, **PLAIN
     )
     model.compile(optimizer, loss=product_loss)
     x = rng.normal(size=(3, 6, 9, 2)).astype("float32")

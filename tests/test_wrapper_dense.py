@@ -3,12 +3,13 @@ import numpy as np
 import pytest
 import reference
 from models import assert_same
+from models import PLAIN
 from models import product_loss
 from models import to_numpy
 
 import keras_adafisher
 
-GAMMAS = {"gamma_1": 0.9, "gamma_2": 0.1}
+GAMMAS = {"gamma_1": 0.9, "gamma_2": 0.1, **PLAIN}
 
 
 def train_once(model, x, r, **arguments):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import reference
 from models import assert_same
+from models import PLAIN
 from models import product_loss
 from models import to_numpy
 
@@ -12,7 +13,7 @@ import keras_adafisher
 def train_once(layer, x, r, epsilon=0.0):
     model = keras.Sequential([keras.Input(x.shape[1:]), layer])
     optimizer = keras_adafisher.AdaFisher(
-        damping=0.01, gamma_1=0.9, gamma_2=0.1, epsilon=epsilon
+        damping=0.01, gamma_1=0.9, gamma_2=0.1, epsilon=epsilon, **PLAIN
     )
     model.compile(optimizer, loss=product_loss)
     model.train_on_batch(x, r)

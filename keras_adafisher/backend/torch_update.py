@@ -53,12 +53,23 @@ class Updater:
         self, is_factored, indices, values, gradients, learning_rate
     ):
         step = self._update_number_now
-        size = 1 / (1 - self.beta**step)
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
+        if self.nesterov:
+            momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)
+            step_of_momentum = step + 1
+        else:
+            step_of_momentum = step
+        size = 1 / (1 - self.beta**step_of_momentum)
         if is_factored:
             denominators = [self._undamped_fisher(index) for index in indices]
             torch._foreach_add_(denominators, self.damping)
+            if self.rms_decay is not None:
+                roots = self._root_mean_squares(
+                    indices, torch._foreach_div(gradients, denominators)
+                )
+                torch._foreach_mul_(denominators, roots)
+                size *= (1 - self.rms_decay**step) ** 0.5
         else:
             velocities = [self._velocities[index].value for index in indices]
             torch._foreach_mul_(velocities, self.adam_beta_2)
@@ -81,6 +92,20 @@ class Updater:
                 ),
             )
         torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
+
+    def _root_mean_squares(self, indices, steps):
+        """Take steps into their running mean squares, and get the roots."""
+        velocities = [self._velocities[index].value for index in indices]
+        # In single precision at least.
+        dtype = torch.promote_types(steps[0].dtype, torch.float32)
+        norms = torch._foreach_norm(steps, dtype=dtype)
+        squares = [norm.to(torch.float32) for norm in norms]
+        torch._foreach_mul_(squares, squares)
+        torch._foreach_div_(squares, [float(x.numel()) for x in steps])
+        torch._foreach_lerp_(velocities, squares, 1 - self.rms_decay)
+        roots = torch._foreach_sqrt(velocities)
+        torch._foreach_add_(roots, self.adam_epsilon)
+        return roots
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():

@@ -1,0 +1,237 @@
+"""How well models end that AdaFisher trains, next to Keras' own optimizers.
+
+    KERAS_BACKEND=jax python benchmarks/quality.py
+
+Three comparisons, each with every optimizer of `RIVALS`:
+
+- tuned: five learning rates on one seed, the best by validation loss, then
+  three fresh seeds of it. All have the seconds that Adam takes for the task's
+  epochs: who takes longer for a step has fewer of them, and a cosine schedule
+  that is as much shorter.
+- defaults: the optimizer as it is without arguments, without a schedule.
+- robust: learning rates over four decades and three batch sizes, on the small
+  tasks.
+
+Losses don't depend on what else the machine does. What a step costs next to
+Adam's does; it is the median over rounds in which all optimizers take turns,
+in seconds of the processor.
+docs/quality.py makes the page.
+"""
+
+import functools
+import statistics
+import time
+
+from benchmarks.common import parse_arguments
+from benchmarks.common import Results
+
+import jax  # isort: skip
+import jax.numpy as jnp  # isort: skip
+import keras  # isort: skip
+import numpy as np  # isort: skip
+
+import keras_adafisher  # isort: skip
+from benchmarks.quality_tasks import TASKS  # isort: skip
+from benchmarks.training import Trainer  # isort: skip
+
+PUBLISHED = {
+    "learning_rate": 1e-3,
+    "damping": 1e-3,
+    "gamma_1": 0.92,
+    "gamma_2": 0.008,
+    "factor_update_steps": 100,
+    "epsilon": 1e-6,
+    "normalization": "min_max",
+    "nesterov": False,
+    "rms_decay": None,
+}
+ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# From a name to a function that makes the optimizer with its defaults, and to
+# the five learning rates that it is tuned over.
+RIVALS = {
+    # Its default has no momentum, which nobody would use it without.
+    "SGD": (
+        functools.partial(keras.optimizers.SGD, momentum=0.9),
+        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    ),
+    "Adam": (keras.optimizers.Adam, ADAM_RATES),
+    "AdamW": (keras.optimizers.AdamW, ADAM_RATES),
+    "Nadam": (keras.optimizers.Nadam, ADAM_RATES),
+    "Muon": (keras.optimizers.Muon, ADAM_RATES),
+    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "ScheduleFreeAdamW": (keras.optimizers.ScheduleFreeAdamW, ADAM_RATES),
+    "AdaFisher, as published": (
+        functools.partial(keras_adafisher.AdaFisher, **PUBLISHED),
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES),
+    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES),
+}
+OURS = ("AdaFisher", "AdaFisherW")
+# It has no use for a schedule: that is what it is for.
+CONSTANT = ("ScheduleFreeAdamW",)
+SMALL = ("digits", "cancer", "diabetes")
+ROBUST_RATES = [10.0**x for x in np.arange(-5, 0.01, 0.5)]
+ROBUST_BATCHES = (16, 64, 256)
+
+
+def main():
+    arguments = parse_arguments(__doc__, tasks=list(TASKS))
+    if keras.backend.backend() != "jax":
+        raise SystemExit(
+            "benchmarks/quality.py compiles whole training runs with JAX. "
+            "Set KERAS_BACKEND=jax."
+        )
+    of_level = {"full": TASKS, "quick": SMALL, "tiny": SMALL[-1:]}
+    for name in arguments.tasks or of_level[arguments.level]:
+        # A file for each task, so that tasks can run side by side.
+        results = Results(f"quality-{name}", arguments)
+        results.add("step", lambda name=name: step_ratios(name))
+        ratios = results.data["rows"]["step"]
+        for rival in RIVALS:
+            results.add(
+                f"tuned: {rival}",
+                lambda name=name, rival=rival, ratio=ratios[rival]: tuned(
+                    name, rival, ratio["median"], arguments.level
+                ),
+            )
+            results.add(
+                f"defaults: {rival}",
+                lambda name=name, rival=rival: defaults(
+                    name, rival, arguments.level
+                ),
+            )
+            if name in SMALL:
+                results.add(
+                    f"robust: {rival}",
+                    lambda name=name, rival=rival: robust(
+                        name, rival, arguments.level
+                    ),
+                )
+
+
+@functools.cache
+def task_of(name):
+    return TASKS[name]()
+
+
+@functools.cache
+def trainer(name, rival, schedule, batch_size=None):
+    """One for each program: compiling takes longer than most runs."""
+    return Trainer(task_of(name), RIVALS[rival][0], schedule, batch_size)
+
+
+def schedule_of(rival):
+    return "constant" if rival in CONSTANT else "cosine"
+
+
+def step_ratios(name, rounds=7, steps=20):
+    """The time of a step next to Adam's, which is in "Adam" in seconds."""
+    times = {rival: [] for rival in RIVALS}
+    states = {}
+    for turn in range(rounds + 1):
+        for rival in RIVALS:
+            program = trainer(name, rival, schedule_of(rival))
+            if turn == 0:
+                states[rival] = program.fresh_state(seed=0)
+            batches = program.batches(seed=turn)
+            order = jnp.asarray([next(batches) for _ in range(steps)])
+            start = time.process_time()
+            states[rival] = jax.block_until_ready(
+                program.steps_from(states[rival], order, 1e-5)
+            )
+            # The first turn compiles.
+            if turn:
+                times[rival].append((time.process_time() - start) / steps)
+    adam = times["Adam"]
+    rows = {}
+    for rival, values in times.items():
+        ratios = [a / b for a, b in zip(values, adam, strict=True)]
+        rows[rival] = {
+            "median": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+        }
+    return {**rows, "Adam's seconds": statistics.median(adam)}
+
+
+def tuned(name, rival, ratio, level):
+    """Find the learning rate, then train three fresh seeds with it."""
+    task = task_of(name)
+    program = trainer(name, rival, schedule_of(rival))
+    # In units of the time between two evaluations.
+    parts = max(1, round(task.epochs * task.evaluations / ratio))
+    rates = RIVALS[rival][1]
+    seeds = (1, 2, 3)
+    if level == "tiny":
+        rates, seeds, parts = rates[1:3], (1,), min(parts, 2)
+    trials = {rate: program.run(rate, 0, parts) for rate in rates}
+    best = min(rates, key=lambda rate: lowest(trials[rate]))
+    return {
+        "learning_rate": best,
+        "trials": {str(rate): lowest(run) for rate, run in trials.items()},
+        "parts": parts,
+        "steps": program.steps,
+        "runs": [as_row(program.run(best, seed, parts)) for seed in seeds],
+    }
+
+
+def defaults(name, rival, level):
+    """Train with what the constructor gives, at a constant rate."""
+    program = trainer(name, rival, "constant")
+    seeds = range(10, 20 if rival in OURS and name in SMALL else 13)
+    if level == "tiny":
+        seeds = (10,)
+    rate = float(program.optimizer.learning_rate)
+    return {
+        "learning_rate": rate,
+        "runs": [as_row(program.run(rate, seed)) for seed in seeds],
+    }
+
+
+def robust(name, rival, level):
+    """The lowest validation loss for each batch size, rate and seed."""
+    rates, batches, seeds = ROBUST_RATES, ROBUST_BATCHES, (20, 21, 22)
+    if level == "tiny":
+        rates, batches, seeds = ROBUST_RATES[4:6], (64,), (20,)
+    cells = {}
+    for batch in batches:
+        program = trainer(name, rival, "constant", min(batch, 256))
+        for rate in rates:
+            cells[f"{batch}/{rate:.3g}"] = [
+                [lowest(run), diverges(run)]
+                for run in (program.run(rate, seed) for seed in seeds)
+            ]
+    return {"cells": cells}
+
+
+def lowest(run):
+    """The lowest validation loss that a run had, `inf` if none is finite."""
+    values = [v for v in run.validation if np.isfinite(v)]
+    return min(values, default=float("inf"))
+
+
+def diverges(run):
+    """Whether a run ends worse than where it began, or not at all."""
+    return not run.validation[-1] <= 2 * run.validation[0]
+
+
+def as_row(run):
+    """What the page needs of a run, with four digits."""
+
+    def short(values):
+        return [float(f"{value:.5g}") for value in values]
+
+    best = int(np.nanargmin([*run.validation, np.inf]))
+    best = min(best, len(run.validation) - 1)
+    return {
+        "train": short(run.train),
+        "validation": short(run.validation),
+        # As early stopping with the best weights restored would have it.
+        "test_score": run.test_score[best],
+        "diverges": diverges(run),
+    }
+
+
+if __name__ == "__main__":
+    main()
