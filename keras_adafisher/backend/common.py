@@ -39,6 +39,29 @@ def gradients_of(probe, gradients):
     return [gradients.get(id(variable)) for variable in probe.variables]
 
 
+def differentiate(compute_loss, probes):
+    """Differentiate a loss with respect to the inputs of probes, eagerly.
+
+    Args:
+        compute_loss: Callable without arguments that returns a scalar tensor.
+        probes: List of `Probe`s.
+
+    Returns:
+        List with the gradients of each probe's `inputs`, each a tensor or
+        `None`. Nothing else keeps a gradient.
+    """
+    raise NotImplementedError("Keras has no operation for this.")
+
+
+def keep_random_state():
+    """Context after which random numbers go on as if nothing was drawn.
+
+    As far as the backend has a state of its own: layers keep theirs in
+    variables.
+    """
+    return contextlib.nullcontext()
+
+
 def has_answers(probes):
     """Whether any of the probes got gradients at all, as far as one can see."""
     return True

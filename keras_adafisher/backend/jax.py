@@ -1,8 +1,24 @@
 """JAX' exceptions: `keras.distribution` spreads variables over devices."""
 
+import jax
 import keras
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+
+
+def differentiate(compute_loss, probes):
+    def loss_of(inputs):
+        values = zip(
+            [v for probe in probes for v in probe.inputs],
+            [value for group in inputs for value in group],
+            strict=True,
+        )
+        with keras.StatelessScope(values, collect_losses=True):
+            return compute_loss()
+
+    inputs = [[v.value for v in probe.inputs] for probe in probes]
+    # Compiling all at once takes less than half as long as one by one.
+    return jax.jit(jax.grad(loss_of))(inputs)
 
 
 def layout_like(parameters, shape):
