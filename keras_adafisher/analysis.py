@@ -162,7 +162,7 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
             f"Received: loss=None, and a model '{model.name}' without "
             "`compile()`"
         )
-    compute_loss = _loss_function(model, x, y, loss)
+    compute_loss = _loss_function(model, loss)
     chosen = _chosen_layers(everything, layers)
     with as_it_was(model), without_wrappers(model):
         wrappers = _full_wrappers(chosen)
@@ -172,7 +172,12 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
                 wrapper.attach()
                 attached.append(wrapper)
             probes = _in_order(model, wrappers)
-            answers = backend.differentiate(compute_loss, probes)
+            answers = backend.differentiate(
+                compute_loss,
+                _tensors_of(x, y),
+                probes,
+                _all_variables(model),
+            )
         finally:
             for wrapper in attached:
                 wrapper.detach()
@@ -618,23 +623,49 @@ def _chosen_layers(everything, layers):
     return chosen
 
 
-def _loss_function(model, x, y, loss):
-    """A function without arguments that computes the loss."""
-    x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+def loss_evaluator(model, x, y, loss):
+    """A function without arguments that computes the loss in training mode.
+
+    Args:
+        model, x, y, loss: See `kronecker_factors`.
+    """
+    return backend.evaluator(
+        _loss_function(model, loss), _tensors_of(x, y), _all_variables(model)
+    )
+
+
+def _loss_function(model, loss):
+    """The loss in training mode, as a function of a batch.
+
+    Args:
+        model: `keras.Model`.
+        loss: See `kronecker_factors`.
+
+    Returns:
+        Callable `(x, y)`.
+    """
     if loss is not None:
         loss = keras.losses.get(loss)
-
     # As in `fit`: not every `call` takes `training`.
     has_training = getattr(model, "_call_has_training_arg", True)
     arguments = {"training": True} if has_training else {}
 
-    def compute_loss():
+    def compute_loss(x, y):
         y_pred = model(x, **arguments)
         if loss is None:
             return model.compute_loss(x=x, y=y, y_pred=y_pred)
         return ops.mean(loss(y, y_pred))
 
     return compute_loss
+
+
+def _tensors_of(*data):
+    """Nested arrays as nested tensors."""
+    return keras.tree.map_structure(ops.convert_to_tensor, data)
+
+
+def _all_variables(model):
+    return [*model.variables, *getattr(model, "metrics_variables", [])]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from keras_adafisher.backend.common import cond
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import differentiate
 from keras_adafisher.backend.common import drop_stale_answer
+from keras_adafisher.backend.common import evaluator
 from keras_adafisher.backend.common import gradients_of
 from keras_adafisher.backend.common import groups_of_rows
 from keras_adafisher.backend.common import has_answers
@@ -32,6 +33,7 @@ from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import differentiate
+    from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import groups_of_rows
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
@@ -68,6 +70,7 @@ __all__ = [
     "creation_scope",
     "differentiate",
     "drop_stale_answer",
+    "evaluator",
     "gradients_of",
     "groups_of_rows",
     "has_answers",

@@ -11,11 +11,11 @@ _MIRRORED = (
 )
 
 
-def differentiate(compute_loss, probes):
+def differentiate(compute_loss, data, probes, variables):
     inputs = [[v.value for v in probe.inputs] for probe in probes]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
-        loss = compute_loss()
+        loss = compute_loss(*data)
     return tape.gradient(loss, inputs)
 
 

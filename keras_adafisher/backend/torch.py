@@ -30,9 +30,9 @@ def gradients_of(probe, gradients):
     return [tensor.grad for tensor in probe.inputs]
 
 
-def differentiate(compute_loss, probes):
+def differentiate(compute_loss, data, probes, variables):
     with torch.enable_grad():
-        loss = compute_loss()
+        loss = compute_loss(*data)
     if not probes or not loss.requires_grad:
         # There are no taps, or none of them was reached.
         return [[None for _ in probe.inputs] for probe in probes]
