@@ -20,7 +20,7 @@ BINS = 30
 
 # Of parameters with more scalars, about as many are looked at: sorting all of
 # them would take longer than a training step.
-SAMPLE = 2**18
+SAMPLE = 2**16
 
 _COLUMNS = [
     "epoch",
@@ -230,7 +230,7 @@ class FisherHistory(DistributionHistory):
     Parameters that AdamW's rule updates have no Fisher diagonal and are left
     out.
 
-    Quantiles and histograms are exact for parameters with up to 262,144
+    Quantiles and histograms are exact for parameters with up to 65,536
     scalars. Of larger ones, about as many are looked at, evenly spread over all
     rows and columns, and minimum and maximum are exact.
 

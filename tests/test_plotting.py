@@ -243,8 +243,15 @@ def test_trajectories_of_weights(loss):
         np.testing.assert_allclose(
             lines(curves)[name].get_ydata(), losses, rtol=1e-5
         )
-    assert "component 1 (8" in plane.get_xlabel()
-    assert "% of the variance)" in plane.get_ylabel()
+    drawn = np.concatenate(
+        [lines(plane)[name].get_xydata() for name in trajectories]
+    )
+    shares = 100 * drawn.var(axis=0) / drawn.var(axis=0).sum()
+    labels = plane.get_xlabel(), plane.get_ylabel()
+    assert labels == tuple(
+        f"principal component {i + 1} ({share:.0f} % of the variance)"
+        for i, share in enumerate(shares)
+    )
 
 
 def test_what_trajectories_cannot_use():
