@@ -2,7 +2,8 @@
 
     make docs-analysis
 
-With `--table`, only the table. Runs examples/analysis.py, and times `FisherHistory` on each backend.
+Runs examples/analysis.py, and times `FisherHistory` on each backend. With
+`--table`, only the latter.
 """
 
 import json
