@@ -16,7 +16,8 @@ test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
 .PHONY: demo test test-models bench bench-quick quality quality-quick docs \
-  dist docs-coverage docs-compatibility docs-distributed lint format clean \
+  dist docs-analysis docs-coverage docs-compatibility docs-distributed lint \
+  format clean \
   $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -87,6 +88,10 @@ dist: $(VENV)/.dist
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
 	$(BIN)/python docs/coverage.py
+
+# Draws the pictures of docs/analysis.md, and writes its table.
+docs-analysis: $(VENV)/.test
+	$(BIN)/python docs/analysis.py
 
 # Writes docs/compatibility.md.
 docs-compatibility: $(VENV)/.test

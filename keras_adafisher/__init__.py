@@ -1,6 +1,7 @@
 """AdaFisher for Keras 3: a second-order optimizer at first-order cost."""
 
 from keras_adafisher import compile_hook as _compile_hook
+from keras_adafisher.callbacks import FisherHistory
 from keras_adafisher.coverage import coverage
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.optimizer import AdaFisherW
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaFisher",
     "AdaFisherW",
+    "FisherHistory",
     "LayerWrapper",
     "coverage",
     "register_wrapper",

@@ -64,9 +64,9 @@ def _hooked_compile(compile):
         optimizer = keras.optimizers.get(optimizer)
         previous = getattr(self, "optimizer", None)
         if previous is not optimizer:
-            for adafisher in _adafishers(previous):
+            for adafisher in adafishers(previous):
                 adafisher.ask(False)
-        if any(_adafishers(optimizer)):
+        if any(adafishers(optimizer)):
             wrap(self)
             _wrapped.add(self)
         elif self in _wrapped:
@@ -107,7 +107,7 @@ def _hooked_set_state_tree(set_state_tree):
     @functools.wraps(set_state_tree)
     def set_and_ask(self, *args, **kwargs):
         set_state_tree(self, *args, **kwargs)
-        for adafisher in _adafishers(getattr(self, "optimizer", None)):
+        for adafisher in adafishers(getattr(self, "optimizer", None)):
             adafisher.ask()
 
     return set_and_ask
@@ -122,7 +122,12 @@ def _plainly(method):
     return call_without_wrappers
 
 
-def _adafishers(optimizer):
+def adafishers(optimizer):
+    """The AdaFishers that an optimizer is or contains, one after another.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer` or `None`.
+    """
     if isinstance(optimizer, AdaFisher):
         yield optimizer
     # Of `LossScaleOptimizer` and of `MultiOptimizer`.
@@ -130,4 +135,4 @@ def _adafishers(optimizer):
     several = getattr(optimizer, "optimizers", None) or []
     for other in (inner, *several):
         if other is not None:
-            yield from _adafishers(other)
+            yield from adafishers(other)

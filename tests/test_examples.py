@@ -92,3 +92,23 @@ def test_custom_layer():
     assert number(without) < 10
     assert number(with_wrapper) == 100
     assert number(accuracy) > 50
+
+
+def test_analysis(tmp_path):
+    output = run("examples/analysis.py", "--epochs=1", f"--plots={tmp_path}")
+    rows = [line for line in output.splitlines() if " % " in line]
+    # Both convolutions and both dense layers.
+    assert len(rows) == 4
+    pictures = {path.name for path in tmp_path.iterdir()}
+    assert pictures == {
+        f"{name}.png"
+        for name in (
+            "factors",
+            "gershgorin",
+            "histograms",
+            "spectrum",
+            "surface",
+            "weights",
+        )
+    }
+    assert all(path.stat().st_size > 5_000 for path in tmp_path.iterdir())

@@ -11,13 +11,16 @@ from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import cond
 from keras_adafisher.backend.common import creation_scope
+from keras_adafisher.backend.common import differentiate
 from keras_adafisher.backend.common import drop_stale_answer
+from keras_adafisher.backend.common import evaluator
 from keras_adafisher.backend.common import gradients_of
 from keras_adafisher.backend.common import groups_of_rows
 from keras_adafisher.backend.common import has_answers
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import keep_layout
+from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import mean
@@ -29,12 +32,15 @@ from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
+    from keras_adafisher.backend.jax import differentiate
+    from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import groups_of_rows
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope
+    from keras_adafisher.backend.tensorflow import differentiate
     from keras_adafisher.backend.tensorflow import in_replica
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
@@ -42,10 +48,12 @@ elif _keras_backend.backend() == "tensorflow":
 elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
     from keras_adafisher.backend.torch import cond
+    from keras_adafisher.backend.torch import differentiate
     from keras_adafisher.backend.torch import drop_stale_answer
     from keras_adafisher.backend.torch import gradients_of
     from keras_adafisher.backend.torch import has_answers
     from keras_adafisher.backend.torch import is_requested
+    from keras_adafisher.backend.torch import keep_random_state
     from keras_adafisher.backend.torch import make_inputs
     from keras_adafisher.backend.torch import mean
     from keras_adafisher.backend.torch import open_tap
@@ -60,13 +68,16 @@ __all__ = [
     "close_tap",
     "cond",
     "creation_scope",
+    "differentiate",
     "drop_stale_answer",
+    "evaluator",
     "gradients_of",
     "groups_of_rows",
     "has_answers",
     "in_replica",
     "is_requested",
     "keep_layout",
+    "keep_random_state",
     "layout_like",
     "make_inputs",
     "mean",

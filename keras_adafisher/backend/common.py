@@ -39,6 +39,46 @@ def gradients_of(probe, gradients):
     return [gradients.get(id(variable)) for variable in probe.variables]
 
 
+def differentiate(compute_loss, data, probes, variables):
+    """Differentiate a loss with respect to the inputs of probes, eagerly.
+
+    Args:
+        compute_loss: Callable that takes `*data` and returns a scalar tensor.
+        data: Tuple of nested tensors.
+        probes: List of `Probe`s.
+        variables: List of all variables that `compute_loss` reads.
+
+    Returns:
+        List with the gradients of each probe's `inputs`, each a tensor or
+        `None`. Nothing else keeps a gradient.
+    """
+    raise NotImplementedError("Keras has no operation for this.")
+
+
+def evaluator(compute_loss, data, variables):
+    """A function that computes a loss many times.
+
+    Args:
+        compute_loss: See `differentiate`.
+        data: See `differentiate`.
+        variables: See `differentiate`.
+
+    Returns:
+        Callable without arguments that returns the loss for the present values
+        of the variables.
+    """
+    return lambda: compute_loss(*data)
+
+
+def keep_random_state():
+    """Context after which random numbers go on as if nothing was drawn.
+
+    As far as the backend has a state of its own: layers keep theirs in
+    variables.
+    """
+    return contextlib.nullcontext()
+
+
 def has_answers(probes):
     """Whether any of the probes got gradients at all, as far as one can see."""
     return True

@@ -11,6 +11,14 @@ _MIRRORED = (
 )
 
 
+def differentiate(compute_loss, data, probes, variables):
+    inputs = [[v.value for v in probe.inputs] for probe in probes]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        loss = compute_loss(*data)
+    return tape.gradient(loss, inputs)
+
+
 def step_number(iterations):
     # `ops.convert_to_tensor` returns a variable as it is here, and it would be
     # read where the number is used, after the counter has moved on.

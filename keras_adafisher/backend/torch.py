@@ -30,6 +30,29 @@ def gradients_of(probe, gradients):
     return [tensor.grad for tensor in probe.inputs]
 
 
+def differentiate(compute_loss, data, probes, variables):
+    with torch.enable_grad():
+        loss = compute_loss(*data)
+    if not probes or not loss.requires_grad:
+        # There are no taps, or none of them was reached.
+        return [[None for _ in probe.inputs] for probe in probes]
+    # Not `backward()`, which leaves gradients on the tensors. A forward pass
+    # may have moved the probes: these are their inputs now.
+    gradients = iter(
+        torch.autograd.grad(
+            loss,
+            [tensor for probe in probes for tensor in probe.inputs],
+            allow_unused=True,
+        )
+    )
+    return [[next(gradients) for _ in probe.inputs] for probe in probes]
+
+
+def keep_random_state():
+    # Keras' dropout draws from PyTorch's own generators.
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
+
+
 def has_answers(probes):
     return any(probe.inputs[0].grad is not None for probe in probes)
 

@@ -78,6 +78,17 @@ class LayerWrapper(keras.layers.Layer):
                 self.probes.append(probe)
             self._taps.append(probe)
 
+    def measure(self, blocks):
+        """Measure other blocks than those that the layer's update needs.
+
+        For a wrapper that isn't attached.
+
+        Args:
+            blocks: List of `Block`s, one for each that `make_blocks` returned.
+        """
+        self._all_blocks = blocks
+        self.blocks = [block for block in blocks if block.parameters]
+
     @property
     def full_name(self):
         """A name that no other wrapper in the model has: the host's path."""
