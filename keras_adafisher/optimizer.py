@@ -502,7 +502,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def _index_of(self, variable):
         try:
             return self._get_variable_index(variable)
-        except KeyError:
+        # The latter on TensorFlow, for what is no variable.
+        except (KeyError, AttributeError):
             return None
 
     def _has_own_update_step(self):
