@@ -48,7 +48,7 @@ KERAS_INTERNALS = {
         "test_keras_masks_of_tensors"
     ),
 }
-# PyTorch's own besides its multi-tensor operations, `torch._foreach_...`: run by
+# PyTorch's own besides its multi-tensor operations, `_foreach_...`: run by
 # `test_distributed_torch.py`.
 TORCH_INTERNALS = {"_active_ddp_module"}
 
