@@ -52,7 +52,7 @@ test-long: $(VENV)/.test
 
 # Breaks the package in small ways and tells which of them no test notices.
 mutations: $(VENV)/.test
-	OMP_NUM_THREADS=1 KERAS_BACKEND=torch $(BIN)/python tests/mutations.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 # Writes docs/performance.md, in half an hour on two cores. What an interrupted
 # run has measured is kept: `make bench BENCH_ARGS=--fresh` starts over.

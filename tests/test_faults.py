@@ -244,6 +244,23 @@ def test_dead_units_neither_move_nor_keep_the_others_from_training():
     assert np.any(weights(model)[0] != before[0])
 
 
+def test_a_layer_that_a_step_does_not_use_keeps_its_factors():
+    """No answer is no measurement of zeros. (PyTorch warns of none at all.)"""
+    model = trained(adafisher(factor_update_steps=1), steps=2)
+    optimizer, variables = model.optimizer, model.trainable_variables
+    before = factors(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.apply([keras.ops.zeros(v.shape) for v in variables])
+    is_said = any("no layer has reported" in str(w.message) for w in caught)
+    assert is_said == (BACKEND == "torch")
+    assert_same(factors(optimizer), before)
+    train(model, [0])
+    assert all(
+        np.any(a != b) for a, b in zip(factors(optimizer), before, strict=True)
+    )
+
+
 def test_float16_overflows_are_skipped_and_leave_no_trace():
     """In the activations and in the gradients, by the scale of the loss."""
     x, y = data(examples=8)
