@@ -15,9 +15,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models bench bench-quick quality quality-quick docs \
-  dist docs-analysis docs-coverage docs-compatibility docs-distributed lint \
-  format clean \
+.PHONY: demo test test-models test-long mutations bench bench-quick quality \
+  quality-quick docs dist docs-analysis docs-coverage docs-compatibility \
+  docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -39,6 +39,21 @@ test-models: $(VENV)/.test
 	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_real_models.py \
 	    || exit 1; \
 	done
+
+# Tests that take long: 20 times as many random layers and models, ten processes
+# that are killed, 20,000 steps. An hour.
+test-long: export ADAFISHER_CASES ?= 20
+test-long: $(VENV)/.test
+	@for backend in $(BACKENDS); do \
+	  echo "== Long tests with the $$backend backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
+	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_properties.py \
+	    tests/test_faults.py tests/test_long_run.py || exit 1; \
+	done
+
+# Breaks the package in small ways and tells which of them no test notices.
+mutations: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 # Writes docs/performance.md, in half an hour on two cores. What an interrupted
 # run has measured is kept: `make bench BENCH_ARGS=--fresh` starts over.

@@ -165,7 +165,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         name=None,
         **kwargs,
     ):
-        if isinstance(learning_rate, float) and not learning_rate >= 0:
+        if isinstance(learning_rate, float) and not (
+            0 <= learning_rate < float("inf")
+        ):
             raise ValueError(
                 "Argument `learning_rate` must be a float >= 0. "
                 f"Received: learning_rate={learning_rate}"
@@ -186,21 +188,40 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 f"Received: nesterov={nesterov}"
             )
         _check_decay_rate("adam_beta_2", adam_beta_2)
-        if not _is_number(damping) or not 0 < damping < float("inf"):
-            raise ValueError(
-                "Argument `damping` must be a float > 0. "
-                f"Received: damping={damping}"
-            )
+        _check_positive("damping", damping)
         _check_not_negative("epsilon", epsilon)
         _check_not_negative("adam_epsilon", adam_epsilon)
-        if (
-            not isinstance(factor_update_steps, numbers.Integral)
-            or isinstance(factor_update_steps, bool)
-            or factor_update_steps < 1
-        ):
+        if not _is_integer(factor_update_steps) or factor_update_steps < 1:
             raise ValueError(
                 "Argument `factor_update_steps` must be an integer >= 1. "
                 f"Received: factor_update_steps={factor_update_steps}"
+            )
+        # Keras takes anything here, and the first step would fail or, with a
+        # NaN, destroy the weights.
+        for what, value in (
+            ("weight_decay", weight_decay),
+            # For Keras, 0 is no clipping.
+            ("clipnorm", clipnorm),
+            ("clipvalue", clipvalue),
+            ("global_clipnorm", global_clipnorm),
+        ):
+            if value is not None:
+                _check_not_negative(what, value)
+        if loss_scale_factor is not None:
+            _check_positive("loss_scale_factor", loss_scale_factor)
+        if gradient_accumulation_steps is not None and (
+            not _is_integer(gradient_accumulation_steps)
+            or gradient_accumulation_steps < 2
+        ):
+            raise ValueError(
+                "Argument `gradient_accumulation_steps` must be an integer "
+                ">= 2, or `None`. Received: gradient_accumulation_steps="
+                f"{gradient_accumulation_steps}"
+            )
+        if not _is_number(ema_momentum) or not 0 <= ema_momentum <= 1:
+            raise ValueError(
+                "Argument `ema_momentum` must be a float in the range [0, 1]. "
+                f"Received: ema_momentum={ema_momentum}"
             )
         if name is None:
             # As Keras names all optimizers. On its own it would begin with
@@ -245,10 +266,13 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             variables: list of model variables to build AdaFisher variables
                 on, probes included: `model.trainable_variables` of a wrapped
                 model.
+
+        Raises:
+            TypeError: `variables` is anything else.
         """
         if self.built:
             return
-        variables = list(variables)
+        variables = _list_of_variables(variables)
         probes = _complete_probes(variables)
         if variables and not probes:
             warnings.warn(
@@ -362,19 +386,22 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         # For the update too.
         self._is_measuring_now = self._is_measuring(step)
         self._update_number_now = self._updates_before(step) + 1
-        self._update_factors(answers, step)
-        for curvature in self._curvatures:
-            backend.close_tap(curvature.probe)
-        super().apply(parameter_grads, parameters)
-        self._is_measuring_now = False
-        self._update_number_now = None
+        try:
+            self._update_factors(answers, step)
+            for curvature in self._curvatures:
+                backend.close_tap(curvature.probe)
+            super().apply(parameter_grads, parameters)
+        finally:
+            # No tensor of a trace that failed stays here.
+            self._is_measuring_now = False
+            self._update_number_now = None
         self.ask(is_measuring_next)
 
     def update_step(self, gradient, variable, learning_rate):
         """Update step given gradient and the associated model variable."""
         index = self._get_variable_index(variable)
         dtype = keras.backend.result_type(variable.dtype, "float32")
-        step = ops.cast(self.iterations + 1, dtype)
+        step = _past_the_largest(ops.cast(self.iterations + 1, dtype))
         gradient = ops.cast(gradient, variable.dtype)
 
         m = self._momentums[index]
@@ -450,18 +477,63 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         Args:
             wanted: Bool or boolean tensor. If the next step isn't one at which
                 the optimizer takes measurements in, it makes no difference.
+
+        Raises:
+            TypeError: `wanted` is neither.
         """
+        dtype = getattr(wanted, "dtype", None)
+        if not isinstance(wanted, bool) and (
+            dtype is None or keras.backend.standardize_dtype(dtype) != "bool"
+        ):
+            raise TypeError(
+                "Argument `wanted` of `ask` must be a bool or a boolean "
+                f"tensor. Received: wanted={wanted} (of type {type(wanted)})"
+            )
         if self.built:
             probes = [curvature.probe for curvature in self._curvatures]
             ask(probes, wanted, self.assign, self)
 
     def load_own_variables(self, store):
-        """Set the state of this optimizer object."""
+        """Set the state of this optimizer object: all of it or nothing.
+
+        Args:
+            store: Dict from the number of each variable, a string, to its
+                value. If it has another number of entries than the optimizer
+                has variables, Keras warns and loads nothing.
+
+        Raises:
+            ValueError: A value is missing or has another shape.
+        """
+        names = list(store.keys())
+        if len(names) == len(self.variables):
+            # Keras finds out one by one, when the first ones are loaded. (Its
+            # stores have a `get` that means something else.)
+            needed = map(str, range(len(names)))
+            self._check_state(
+                [store[n] if n in names else None for n in needed]
+            )
         super().load_own_variables(store)
         self.ask()
 
     def set_weights(self, weights):
-        """Set the weights of the optimizer."""
+        """Set the weights of the optimizer: all of them or none.
+
+        Args:
+            weights: List of arrays, one for each of `variables`.
+
+        Raises:
+            ValueError: The optimizer isn't built, or the number of arrays or
+                a shape is wrong.
+        """
+        weights = list(weights)
+        if self.built:
+            if len(weights) != len(self.variables):
+                raise ValueError(
+                    "Argument `weights` of `set_weights` must have one array "
+                    f"for each of the optimizer's {len(self.variables)} "
+                    f"variables. Received: {len(weights)} arrays"
+                )
+            self._check_state(weights)
         super().set_weights(weights)
         self.ask()
 
@@ -484,10 +556,26 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         )
         return config
 
+    def _check_state(self, values):
+        """Raise a `ValueError` if not all values fit their variables."""
+        for variable, value in zip(self.variables, values, strict=True):
+            shape = None if value is None else tuple(value.shape)
+            if shape != tuple(variable.shape):
+                raise ValueError(
+                    f"The state of optimizer '{self.name}' doesn't fit, and "
+                    f"nothing of it was loaded: variable '{variable.path}' "
+                    f"has shape {tuple(variable.shape)}. Received: "
+                    f"{'no value' if shape is None else f'shape {shape}'}. "
+                    "Load it with the model and the optimizer's arguments "
+                    "that it was saved with, or load the model alone, for "
+                    "instance by `load_model(path, compile=False)`."
+                )
+
     def _index_of(self, variable):
         try:
             return self._get_variable_index(variable)
-        except KeyError:
+        # The latter on TensorFlow, for what is no variable.
+        except (KeyError, AttributeError):
             return None
 
     def _has_own_update_step(self):
@@ -690,6 +778,21 @@ for _class in (AdaFisher, AdaFisherW):
     keras.saving.get_custom_objects()[_class.__name__.lower()] = _class
 
 
+def _list_of_variables(variables):
+    try:
+        found = list(variables)
+    except TypeError:
+        found = [None]
+    # Variables of TensorFlow count too.
+    if not all(hasattr(variable, "assign") for variable in found):
+        raise TypeError(
+            "Argument `variables` of `build` must be a list of variables: "
+            "`model.trainable_variables` of a wrapped model. "
+            f"Received: variables={variables} (of type {type(variables)})"
+        )
+    return found
+
+
 def _complete_probes(variables):
     """The probes at parameters of a list whose variables are there too."""
     known = {id(variable) for variable in variables}
@@ -706,8 +809,29 @@ def _name_of(variable):
     return variable.path.replace("/", "_")
 
 
+def _past_the_largest(step):
+    """The number of a step, a float, also where the counter ran over.
+
+    JAX and PyTorch count in int32. Past the largest one comes the smallest,
+    and a bias correction of a negative step would stop the training. Any large
+    number corrects nothing.
+    """
+    return ops.where(step > 0, step, 2.0**31)
+
+
 def _is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_positive(name, value):
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(
+            f"Argument `{name}` must be a float > 0. Received: {name}={value}"
+        )
 
 
 def _check_decay_rate(name, value):

@@ -53,6 +53,9 @@ class Updater:
         self, is_factored, indices, values, gradients, learning_rate
     ):
         step = self._update_number_now
+        if step <= 0:
+            # The counter, an int32, ran over. There is nothing to correct.
+            step = 2**31
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         if self.nesterov:

@@ -11,6 +11,7 @@ from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import tap
 from keras_adafisher.probe import unmark_parameters
+from keras_adafisher.wrappers.block import Block
 
 # Where a wrapped layer keeps its wrapper. Keras saves what it finds in a
 # layer's attributes, except under names that begin with two underscores: so a
@@ -49,7 +50,10 @@ class LayerWrapper(keras.layers.Layer):
         host: The layer, built.
 
     Raises:
-        ValueError: A block's factors don't broadcast to their parameter.
+        TypeError: `host` is no layer, or `make_blocks` returns anything but
+            blocks.
+        ValueError: `host` isn't built, or a block's factors don't broadcast to
+            their parameter.
 
     Attributes:
         host: The layer.
@@ -58,16 +62,39 @@ class LayerWrapper(keras.layers.Layer):
     """
 
     def __init__(self, host):
+        if not isinstance(host, keras.layers.Layer):
+            raise TypeError(
+                "Argument `host` must be a `keras.layers.Layer`. "
+                f"Received: host={host} (of type {type(host)})"
+            )
+        if not host.built:
+            raise ValueError(
+                "Argument `host` must be a layer that is built. Call its "
+                "`build()` or call it on a batch of data first, or let "
+                f"`keras_adafisher.wrap` wait for it. Received: host={host}"
+            )
         super().__init__(name="adafisher", trainable=host.trainable)
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
-        self._all_blocks = self.make_blocks()
+        self._all_blocks = self._checked_blocks()
         # For each of them its probe or, if it has no parameters, `None`.
         self._taps = []
         self.blocks = [b for b in self._all_blocks if b.parameters]
         for block in self.blocks:
             _check_shapes(block, host)
         self.probes = []
+
+    def _checked_blocks(self):
+        blocks = self.make_blocks()
+        if not isinstance(blocks, list | tuple) or not all(
+            isinstance(block, Block) for block in blocks
+        ):
+            raise TypeError(
+                f"`{self.__class__.__name__}.make_blocks()` must return a list "
+                "of blocks, such as `keras_adafisher.wrappers.DenseBlock`. "
+                f"Received: {blocks}"
+            )
+        return list(blocks)
 
     def build(self):
         for index, block in enumerate(self._all_blocks):
@@ -153,8 +180,18 @@ class LayerWrapper(keras.layers.Layer):
 
         Returns:
             `z`, unchanged.
+
+        Raises:
+            ValueError: There is no such block.
         """
-        probe = self._taps[block]
+        try:
+            probe = self._taps[block]
+        except (IndexError, TypeError):
+            raise ValueError(
+                "Argument `block` of `tap` must be an index into what "
+                f"`{self.__class__.__name__}.make_blocks()` returned, which "
+                f"has {len(self._taps)} blocks. Received: block={block}"
+            ) from None
         # A frozen layer has no optimizer that would turn its requests off.
         if probe is None or not self.trainable:
             return z

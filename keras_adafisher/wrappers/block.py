@@ -6,6 +6,8 @@ Fisher information: the shapes of the two factors, how they are measured from
 make up the Fisher diagonal of the weight and of the bias.
 """
 
+import keras
+
 from keras_adafisher.statistics import rank_one_factors
 
 
@@ -18,6 +20,9 @@ class Block:
     Args:
         weight: `keras.Variable`, `W`. `None` if the map has none.
         bias: `keras.Variable`, `b`. `None` if the map has none.
+
+    Raises:
+        TypeError: `weight` or `bias` is something else.
 
     Attributes:
         activation_shape: Shape of `H`.
@@ -41,6 +46,15 @@ class Block:
     epsilon_scale = 1
 
     def __init__(self, weight, bias=None):
+        for name, variable in (("weight", weight), ("bias", bias)):
+            if variable is not None and not isinstance(
+                variable, keras.Variable
+            ):
+                raise TypeError(
+                    f"Argument `{name}` of `{self.__class__.__name__}` must be "
+                    "a `keras.Variable` or `None`. "
+                    f"Received: {name}={variable} (of type {type(variable)})"
+                )
         self.weight = weight
         self.bias = bias
 

@@ -1,0 +1,388 @@
+"""Break the package in small ways, one at a time, and see which test notices.
+
+    python tests/mutations.py [--only NUMBER ...]
+
+Most of them run on PyTorch, where the tests are fastest. Works on copies in a
+temporary folder. A mutation that no test notices, a survivor, is a test that is
+missing. Not part of the suite: it takes a quarter of an hour.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT = 600
+
+OPTIMIZER = "optimizer.py"
+CURVATURE = "curvature.py"
+FACTORS = "factors.py"
+STATISTICS = "statistics.py"
+PROBE = "probe.py"
+WRAP = "wrap.py"
+UPDATE = "backend/torch_update.py"
+TORCH = "backend/torch.py"
+
+
+@dataclasses.dataclass
+class Mutation:
+    """One change of one file, and the tests that ought to notice it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    backend: str = "torch"
+
+
+MUTATIONS = [
+    # The update rule.
+    Mutation(
+        UPDATE,
+        "torch._foreach_lerp_(momentums, gradients, 1 - self.beta)",
+        "torch._foreach_lerp_(momentums, gradients, self.beta)",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "size = 1 / (1 - self.beta**step)",
+        "size = 1.0",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "torch._foreach_add_(denominators, self.damping)",
+        "torch._foreach_add_(denominators, 2 * self.damping)",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "denominators = torch._foreach_sqrt(velocities)",
+        "denominators = torch._foreach_abs(velocities)",
+        "test_optimizer",
+    ),
+    Mutation(UPDATE, "value=-size", "value=size", "test_optimizer"),
+    Mutation(
+        UPDATE,
+        "size *= (1 - self.adam_beta_2**step) ** 0.5",
+        "size *= 1 - self.adam_beta_2**step",
+        "test_optimizer",
+    ),
+    Mutation(UPDATE, "if step <= 0:", "if False:", "test_long_run"),
+    Mutation(
+        OPTIMIZER,
+        "ops.where(step > 0, step, 2.0**31)",
+        "ops.where(step > 0, step, step)",
+        "test_long_run",
+        backend="jax",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "ops.multiply(ops.subtract(gradient, m), 1 - self.beta)",
+        "ops.multiply(ops.subtract(gradient, m), self.beta)",
+        "test_torch_update",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "return self._undamped_fisher(index) + self.damping",
+        "return self._undamped_fisher(index)",
+        "test_optimizer",
+    ),
+    # When it is measured.
+    Mutation(
+        OPTIMIZER,
+        "is_measuring_next = self._is_measuring(step + 1)",
+        "is_measuring_next = self._is_measuring(step)",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "% self.factor_update_steps == 0",
+        "% self.factor_update_steps == 1",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "return step // (self.gradient_accumulation_steps or 1)",
+        "return step",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "is_last = (step + 1) % steps == 0",
+        "is_last = step % steps == 0",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "            scale *= steps\n",
+        "",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "        super().load_own_variables(store)\n        self.ask()",
+        "        super().load_own_variables(store)",
+        "test_saving",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "        if len(names) == len(self.variables):",
+        "        if False:",
+        "test_faults",
+    ),
+    Mutation(
+        TORCH,
+        "probe.listening = probe.listening & mask | (bit if wanted else 0)",
+        "probe.listening = bit if wanted else 0",
+        "test_sharing",
+    ),
+    Mutation(
+        TORCH,
+        "    if all(p.value.grad is None for p in probe.block.parameters):\n"
+        "        _clear(probe)",
+        "    pass",
+        "test_torch test_optimizer test_faults",
+    ),
+    Mutation(
+        TORCH,
+        "    probe.process_group = None\n    _clear(probe)",
+        "    probe.process_group = None",
+        "test_torch test_optimizer",
+    ),
+    Mutation(
+        PROBE,
+        "mask = ~(1 << number | 1 << _WHOEVER_COMES)",
+        "mask = ~(1 << number)",
+        "test_sharing test_optimizer",
+    ),
+    Mutation(
+        "compile_hook.py",
+        "        if previous is not optimizer:",
+        "        if False:",
+        "test_sharing test_compile_hook",
+    ),
+    # The factors' formulas.
+    Mutation(
+        FACTORS,
+        "return (1.0 - gamma_1) * average + gamma_2 * value",
+        "return gamma_1 * average + gamma_2 * value",
+        "test_factors",
+    ),
+    Mutation(
+        FACTORS, "return (x - low) / span", "return x / span", "test_factors"
+    ),
+    Mutation(
+        FACTORS,
+        "span = high - low + epsilon",
+        "span = high - low",
+        "test_factors",
+    ),
+    Mutation(
+        FACTORS,
+        "ops.where(span > _SMALLEST_NORMAL, span, ops.ones_like(span))",
+        "span",
+        "test_factors test_faults",
+    ),
+    Mutation(
+        CURVATURE,
+        "low = ops.minimum(low, 1)",
+        "low = ops.minimum(low, low)",
+        "test_properties test_wrapper_dense",
+    ),
+    Mutation(
+        CURVATURE,
+        "high = ops.maximum(high, 1)",
+        "high = ops.maximum(high, high)",
+        "test_properties test_wrapper_dense",
+    ),
+    Mutation(
+        CURVATURE,
+        "calls = ops.maximum(_join([row.calls for row in rows]), 1)",
+        "calls = 1.0",
+        "test_sharing",
+    ),
+    Mutation(
+        CURVATURE,
+        "Measurement(variable, total, calls, uses, epsilon, scale**2)",
+        "Measurement(variable, total, calls, uses, epsilon, scale)",
+        "test_optimizer",
+    ),
+    Mutation(
+        CURVATURE,
+        "        _join([row.is_finite for row in rows]),",
+        "        True,",
+        "test_faults",
+    ),
+    Mutation(
+        CURVATURE,
+        "epsilon=epsilon * self.block.epsilon_scale",
+        "epsilon=epsilon",
+        "test_properties test_golden",
+    ),
+    Mutation(
+        CURVATURE,
+        "_join([row.uses for row in rows]) > 0,",
+        "_join([row.uses for row in rows]) >= 0,",
+        "test_faults",
+    ),
+    # The arithmetic of padding.
+    Mutation(
+        STATISTICS,
+        "outputs = (size - reach - 1) // stride + 1",
+        "outputs = (size - reach) // stride + 1",
+        "test_wrapper_conv",
+    ),
+    Mutation(
+        STATISTICS,
+        "outputs = (size + stride - 1) // stride",
+        "outputs = size // stride",
+        "test_wrapper_conv",
+    ),
+    Mutation(
+        STATISTICS,
+        "before = reach if causal else _at_least_zero(needed) // 2",
+        "before = reach if causal else (_at_least_zero(needed) + 1) // 2",
+        "test_wrapper_conv",
+    ),
+    Mutation(
+        STATISTICS,
+        "before = reach if causal",
+        "before = 0 if causal",
+        "test_wrapper_conv_ranks test_properties",
+    ),
+    Mutation(
+        STATISTICS,
+        "skipped = _at_least_zero(stride - 1 - start) // stride",
+        "skipped = _at_least_zero(-start) // stride",
+        "test_wrapper_conv",
+    ),
+    Mutation(
+        STATISTICS,
+        "reach = (kernel_size - 1) * dilation\n    if",
+        "reach = kernel_size * dilation\n    if",
+        "test_wrapper_conv",
+    ),
+    Mutation(
+        STATISTICS,
+        "crop = max(reach - extent, 0) // 2",
+        "crop = (max(reach - extent, 0) + 1) // 2",
+        "test_wrapper_conv_transpose",
+    ),
+    Mutation(
+        STATISTICS,
+        'x = ops.square(ops.cast(x, "float32"))',
+        'x = ops.cast(ops.square(x), "float32")',
+        "test_statistics test_optimizer test_wrapper_dense",
+    ),
+    # Wrapping.
+    Mutation(
+        WRAP,
+        "            current.measure_next_step()\n",
+        "",
+        "test_wrap test_sharing test_optimizer test_compile_hook test_saving",
+    ),
+    Mutation(
+        "wrappers/base.py",
+        "if probe is None or not self.trainable:",
+        "if probe is None:",
+        "test_fine_tuning test_wrap",
+    ),
+    Mutation(
+        "wrappers/registry.py",
+        "    if override is not None:\n        return None",
+        "    if False:\n        return None",
+        "test_registry",
+    ),
+]
+
+
+def copy_package(folder):
+    """What the tests need, without files that they don't."""
+    for name in ("keras_adafisher", "tests", "examples", "benchmarks"):
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", "results"),
+        )
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def mutate(mutation, folder):
+    path = folder / "keras_adafisher" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.file} has {text.count(mutation.old)} times: "
+            f"{mutation.old}"
+        )
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def passes(tests, backend, folder):
+    """Whether all tests of some files pass in a folder."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x"),
+            *("-p", "no:cacheprovider", "-k", "not killed"),
+            *(f"tests/{name}.py" for name in tests),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "KERAS_BACKEND": backend,
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    if result.returncode not in (0, 1):
+        raise RuntimeError(result.stdout + result.stderr)
+    return result.returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, nargs="*")
+    numbers = parser.parse_args().only or range(len(MUTATIONS))
+    survivors = []
+    # A test that fails anyway notices nothing.
+    for backend in sorted({MUTATIONS[number].backend for number in numbers}):
+        tests = {
+            name
+            for number in numbers
+            for name in MUTATIONS[number].tests.split()
+            if MUTATIONS[number].backend == backend
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            copy_package(pathlib.Path(folder))
+            if not passes(sorted(tests), backend, pathlib.Path(folder)):
+                sys.exit(f"Tests fail without a mutation on {backend}.")
+    for number in numbers:
+        mutation = MUTATIONS[number]
+        with tempfile.TemporaryDirectory() as folder:
+            copy_package(pathlib.Path(folder))
+            mutate(mutation, pathlib.Path(folder))
+            survived = passes(
+                mutation.tests.split(), mutation.backend, pathlib.Path(folder)
+            )
+        if survived:
+            survivors.append(number)
+        verdict = "SURVIVED" if survived else "noticed"
+        print(
+            f"{number:2} {verdict:8} {mutation.file}: "
+            f"{mutation.new.strip() or 'deleted: ' + mutation.old.strip()}",
+            flush=True,
+        )
+    print(f"{len(numbers)} mutations, {len(survivors)} survivors: {survivors}")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What the package's source may contain."""
+
+import ast
+import pathlib
+
+import keras
+import pytest
+import test_keras_internals
+
+import keras_adafisher
+
+FOLDER = pathlib.Path(keras_adafisher.__file__).parent
+SOURCES = {
+    path.relative_to(FOLDER).as_posix(): ast.parse(path.read_text())
+    for path in sorted(FOLDER.rglob("*.py"))
+}
+NODES = [(file, node) for file in SOURCES for node in ast.walk(SOURCES[file])]
+
+# The private names of Keras that the package uses, and the test in
+# `test_keras_internals.py` that fails if Keras moves one.
+KERAS_INTERNALS = {
+    # Read or called.
+    "_flatten_layers": "test_layer_flatten_layers",
+    "_tracker": "test_layer_tracker",
+    "_get_variable_index": "test_optimizer_get_variable_index",
+    "_trainable_variables": "test_optimizer_get_variable_index",
+    "_iterations": "test_optimizer_iterations",
+    "_model_variables_moving_average": (
+        "test_optimizer_model_variables_moving_average"
+    ),
+    "_accumulated_gradients": "test_optimizer_backend_gradient_accumulators",
+    # Overridden.
+    "_backend_update_step": "test_optimizer_backend_update_step",
+    "_backend_increment_gradient_accumulators": (
+        "test_optimizer_backend_gradient_accumulators"
+    ),
+    "_backend_reset_gradient_accumulators": (
+        "test_optimizer_backend_gradient_accumulators"
+    ),
+    # Imported.
+    "keras.src.backend.common.stateless_scope.in_stateless_scope": (
+        "test_in_stateless_scope"
+    ),
+    "keras.src.backend.common.masking.get_keras_mask": (
+        "test_keras_masks_of_tensors"
+    ),
+    "keras.src.backend.common.masking.set_keras_mask": (
+        "test_keras_masks_of_tensors"
+    ),
+}
+# PyTorch's own besides its multi-tensor operations, `_foreach_...`: run by
+# `test_distributed_torch.py`.
+TORCH_INTERNALS = {"_active_ddp_module"}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def own_names():
+    """Private names that the package itself defines."""
+    names = set()
+    for _, node in NODES:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.For):
+            single = getattr(node, "target", None)
+            for target in [single] if single else node.targets:
+                for each in ast.walk(target):
+                    if isinstance(each, ast.Name):
+                        names.add(each.id)
+                    # What others keep for themselves is no name of ours.
+                    if isinstance(each, ast.Attribute) and (
+                        isinstance(each.value, ast.Name)
+                        and each.value.id == "self"
+                    ):
+                        names.add(each.attr)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
+
+
+def keras_has(name):
+    classes = keras.optimizers.Optimizer, keras.layers.Layer, keras.Model
+    probe = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
+    probe.build([keras.Variable([1.0])])
+    return hasattr(probe, name) or any(hasattr(c, name) for c in classes)
+
+
+def foreign_private_names():
+    """Dict of private names that others define to the files that use them."""
+    own = {name for name in own_names() if not keras_has(name)}
+    found = {}
+    for file, node in NODES:
+        names = []
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            names = [node.attr]
+        elif isinstance(node, ast.FunctionDef) and keras_has(node.name):
+            names = [node.name] if is_private(node.name) else []
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            is_internal = "src" in parts or any(map(is_private, parts))
+            names = [
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if is_internal
+                or (
+                    is_private(alias.name)
+                    and not node.module.startswith("keras_adafisher")
+                )
+            ]
+        elif isinstance(node, ast.Import):
+            names = [
+                a.name
+                for a in node.names
+                if "src" in a.name.split(".")
+                or any(map(is_private, a.name.split(".")))
+            ]
+        elif isinstance(node, ast.Call) and (
+            isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "setattr", "hasattr", "delattr")
+            and isinstance(node.args[1], ast.Constant)
+            and is_private(node.args[1].value)
+        ):
+            names = [node.args[1].value]
+        for name in names:
+            if name not in own:
+                found.setdefault(name, set()).add(file)
+    return found
+
+
+def test_every_private_name_of_keras_is_listed_and_has_a_test():
+    found = foreign_private_names()
+    others = {
+        name
+        for name, files in found.items()
+        if all(file.startswith("backend/torch") for file in files)
+        and (name in TORCH_INTERNALS or name.startswith("_foreach_"))
+    }
+    assert set(found) - others == set(KERAS_INTERNALS)
+    for test in KERAS_INTERNALS.values():
+        assert callable(getattr(test_keras_internals, test))
+
+
+# What runs code or reads what may hold code.
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "input", "open"}
+FORBIDDEN_MODULES = {
+    "cloudpickle",
+    "ctypes",
+    "dill",
+    "importlib",
+    "joblib",
+    "marshal",
+    "os",
+    "pickle",
+    "runpy",
+    "shelve",
+    "shutil",
+    "socket",
+    "subprocess",
+    "urllib",
+    "yaml",
+}
+FORBIDDEN_ATTRIBUTES = {
+    "enable_unsafe_deserialization",
+    "deserialize_keras_object",
+    "loads",
+    "system",
+    "popen",
+}
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_nothing_evaluates_or_unpickles_anything(file):
+    """Nor does the package read or write files, or start anything."""
+    for node in ast.walk(SOURCES[file]):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        for module in modules:
+            assert module.split(".")[0] not in FORBIDDEN_MODULES
+        if isinstance(node, ast.Name):
+            assert node.id not in FORBIDDEN_CALLS
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in FORBIDDEN_ATTRIBUTES
+            # `torch.load`, `numpy.load`.
+            assert node.attr != "load"
+
+
+def test_the_checks_see_what_they_are_for():
+    """So they don't pass because they look at nothing."""
+    assert "optimizer.py" in SOURCES
+    assert "wrappers/dense.py" in SOURCES
+    assert "_flatten_layers" in foreign_private_names()
