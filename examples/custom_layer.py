@@ -103,7 +103,7 @@ def train(epochs):
     )
     model.compile(
         # the one line that differs
-        keras_adafisher.AdaFisher(learning_rate=1e-3, damping=1e-3),
+        keras_adafisher.AdaFisher(),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -56,7 +56,7 @@ def make_discriminator():
 
 def make_optimizer():
     """One for each network. Little momentum, as usual for GANs."""
-    return keras_adafisher.AdaFisher(beta=0.5, factor_update_steps=10)
+    return keras_adafisher.AdaFisher(1e-3, beta=0.5)
 
 
 def frechet_distance(a, b):

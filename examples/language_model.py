@@ -140,9 +140,7 @@ def main():
     optimizers = {
         "Adam": keras.optimizers.Adam(1e-3, global_clipnorm=1.0),
         # the one line that differs
-        "AdaFisher": keras_adafisher.AdaFisher(
-            learning_rate=1e-3, damping=1e-3, global_clipnorm=1.0
-        ),
+        "AdaFisher": keras_adafisher.AdaFisher(global_clipnorm=1.0),
     }
     table = rich.table.Table(
         title=f"Language model, {arguments.epochs} epochs, "

@@ -78,9 +78,7 @@ def train(model, learning_rate, data, epochs):
     train_data, validation_data = data
     model.compile(
         # the one line that differs
-        keras_adafisher.AdaFisher(
-            learning_rate=learning_rate, damping=1e-3, factor_update_steps=10
-        ),
+        keras_adafisher.AdaFisher(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )

@@ -9,12 +9,6 @@ attention layer, the normalizations. `MultiHeadAttention` needs no line of code
 for that, and neither does `AddPositions`, a layer of this script: what it is
 made of is found.
 
-Transformers are trained with Adam since the scale of their gradients differs
-from layer to layer and from step to step. AdaFisher doesn't remove the scale
-(it has no square root), so the gradients are clipped, and `learning_rate /
-damping` is what to tune: it is the length of a step in units of the averaged
-gradient, where the factors are small.
-
 Prints a table and saves the loss curves to `vision_transformer.png`.
 """
 
@@ -115,9 +109,7 @@ def main():
     optimizers = {
         "Adam": keras.optimizers.Adam(1e-3, global_clipnorm=1.0),
         # the one line that differs
-        "AdaFisher": keras_adafisher.AdaFisher(
-            learning_rate=1e-3, damping=1e-3, global_clipnorm=1.0
-        ),
+        "AdaFisher": keras_adafisher.AdaFisher(global_clipnorm=1.0),
     }
     table = rich.table.Table(
         title=f"Vision transformer, {arguments.epochs} epochs, "
