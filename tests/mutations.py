@@ -285,7 +285,7 @@ MUTATIONS = [
         WRAP,
         "            current.measure_next_step()\n",
         "",
-        "test_wrap test_sharing test_optimizer test_compile_hook test_saving",
+        "test_wrap",
     ),
     Mutation(
         "wrappers/base.py",

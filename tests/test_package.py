@@ -1,6 +1,7 @@
 """What the package's source may contain."""
 
 import ast
+import functools
 import pathlib
 
 import keras
@@ -80,11 +81,20 @@ def own_names():
     return names
 
 
+@functools.cache
+def an_optimizer():
+    """One with all of its attributes."""
+    optimizer = keras.optimizers.SGD(
+        use_ema=True, gradient_accumulation_steps=2
+    )
+    optimizer.build([keras.Variable([1.0])])
+    return optimizer
+
+
+@functools.cache
 def keras_has(name):
     classes = keras.optimizers.Optimizer, keras.layers.Layer, keras.Model
-    probe = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
-    probe.build([keras.Variable([1.0])])
-    return hasattr(probe, name) or any(hasattr(c, name) for c in classes)
+    return any(hasattr(each, name) for each in (an_optimizer(), *classes))
 
 
 def foreign_private_names():

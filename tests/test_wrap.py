@@ -8,6 +8,8 @@ from models import data
 from models import image_data
 from models import mlp
 from models import probes_in
+from models import to_numpy
+from models import trained
 from models import weights
 
 import keras_adafisher
@@ -82,6 +84,22 @@ def test_wrapping_twice_changes_nothing():
         keras_adafisher.wrap(layer)
     assert [id(v) for v in model.trainable_variables] == before
     assert len(probes_in(model)) == 4
+
+
+def test_wrapping_again_asks_for_the_optimizer_that_comes():
+    """It may be built only when it gets its first gradients."""
+    model = trained(keras_adafisher.AdaFisher(factor_update_steps=100), 1)
+
+    def requests():
+        is_torch = keras.backend.backend() == "torch"
+        return [
+            int(p.listening if is_torch else to_numpy(p.request))
+            for p in probes_in(model)
+        ]
+
+    assert requests() == [0, 0]
+    keras_adafisher.wrap(model)
+    assert requests() == [1, 1]
 
 
 def test_unwrapping_restores_the_model():
