@@ -13,6 +13,7 @@ them.
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import numbers
 
@@ -647,8 +648,8 @@ def _loss_function(model, loss):
     if loss is not None:
         loss = keras.losses.get(loss)
     # As in `fit`: not every `call` takes `training`.
-    has_training = getattr(model, "_call_has_training_arg", True)
-    arguments = {"training": True} if has_training else {}
+    parameters = inspect.signature(model.call).parameters
+    arguments = {"training": True} if "training" in parameters else {}
 
     def compute_loss(x, y):
         y_pred = model(x, **arguments)

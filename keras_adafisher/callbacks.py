@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import math
 import numbers
-import os
 import pathlib
 import time
 
@@ -221,7 +220,9 @@ class FisherHistory(DistributionHistory):
 
     - `"fisher"`: the damped Fisher diagonal, `H * S + damping`, by which the
       momentum is divided.
-    - `"effective_learning_rate"`: the learning rate divided by it.
+    - `"effective_learning_rate"`: what the momentum is multiplied by, the
+      learning rate divided by that and, with `rms_decay`, by the root mean
+      square of the steps.
     - `"activation"` and `"gradient"`: the running factors `H` and `S`. For a
       bias, `H` is the factor of the input that is always 1. A weight that is
       used in two ways (a tied embedding) has `"activation_1"` and
@@ -269,11 +270,11 @@ class FisherHistory(DistributionHistory):
 
     def distributions(self, optimizer):
         for adafisher in adafishers(optimizer):
-            rate = float(ops.convert_to_numpy(adafisher.learning_rate))
             for variable, factors in _factors(adafisher):
                 fisher = _numpy(adafisher.fisher_diagonal(variable))
                 yield variable, "fisher", fisher
-                yield variable, "effective_learning_rate", rate / fisher
+                rate = _numpy(adafisher.effective_learning_rate(variable))
+                yield variable, "effective_learning_rate", rate
                 for index, pair in enumerate(factors):
                     suffix = f"_{index}" if index else ""
                     yield variable, f"activation{suffix}", _numpy(pair[0])
@@ -350,7 +351,7 @@ class _CSVFile:
         new = self.path.with_name(f"{self.path.name}.new")
         with new.open("w", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *kept])
-        os.replace(new, self.path)
+        new.replace(self.path)
 
     def write(self, records):
         with self.path.open("a", newline="") as file:
@@ -387,7 +388,7 @@ class _TensorBoard:
         self._event = event_pb2.Event
         self._summary = summary_pb2
         self._make_writer = event_file_writer.EventFileWriter
-        self._log_dir = os.fspath(log_dir)
+        self._log_dir = str(log_dir)
         self._writer = None
 
     def write(self, records):

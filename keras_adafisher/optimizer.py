@@ -425,6 +425,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 # The Fisher diagonal is in single precision, and so is this.
                 square = ops.square(ops.divide(gradient, denominator))
                 square = ops.mean(square)
+                # One number for all entries: don't let one batch spoil it.
+                v = self._velocities[index]
+                square = ops.where(ops.isfinite(square), square, v)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
             denominator = 1.0
@@ -466,6 +469,29 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 f"Received: variable={variable}"
             )
         return ops.broadcast_to(self._fisher(index), variable.shape)
+
+    def effective_learning_rate(self, variable):
+        """What each entry of a parameter's momentum is multiplied by.
+
+        Args:
+            variable: A variable that the optimizer was built with.
+
+        Returns:
+            Float32 tensor of the variable's shape: the learning rate divided
+            by `fisher_diagonal(variable)` and, with `rms_decay`, by the root
+            mean square of the preconditioned gradients. Before the first
+            update, when that is still 0, by `adam_epsilon` instead.
+
+        Raises:
+            ValueError: As `fisher_diagonal`.
+        """
+        denominator = self.fisher_diagonal(variable)
+        if self.rms_decay is not None:
+            step = _past_the_largest(ops.cast(self.iterations, "float32"))
+            weight = 1 - ops.power(self.rms_decay, step)
+            square = self._velocities[self._index_of(variable)] / weight
+            denominator = denominator * (ops.sqrt(square) + self.adam_epsilon)
+        return ops.cast(self.learning_rate, "float32") / denominator
 
     def ask(self, wanted=True):
         """Say whether the layers are to measure at the next step.

@@ -10,6 +10,7 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import PLAIN
 from models import probes_in
 from models import product_loss
 from models import state
@@ -208,7 +209,7 @@ def test_diagonals_are_what_adafisher_measures(rng):
     x, y = small_batch(rng)
     model = small_network()
     optimizer = keras_adafisher.AdaFisher(
-        gamma_1=0.9, gamma_2=0.05, factor_update_steps=1
+        gamma_1=0.9, gamma_2=0.05, factor_update_steps=1, **PLAIN
     )
     model.compile(optimizer, loss=cross_entropy())
     factors = analysis.kronecker_factors(model, x, y)

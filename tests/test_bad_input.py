@@ -40,6 +40,12 @@ OPTIMIZER_ARGUMENTS = {
         [0, -1, 1.0, 2.5, NAN, None, "1", True, [1]],
     ),
     "epsilon": (NOT_NEGATIVE, [-1e-9, NAN, INF, None, "0", False, [0.0]]),
+    "normalization": ('"mean" or "min_max"', ["max", None, 1, True]),
+    "nesterov": ("a boolean", [0, 1, None, "yes", [True]]),
+    "rms_decay": (
+        DECAY_RATE,
+        [value for value in NO_DECAY_RATES if value is not None],
+    ),
     "adam_beta_2": (DECAY_RATE, NO_DECAY_RATES),
     "adam_epsilon": (NOT_NEGATIVE, [-1e-9, NAN, INF, None, "0", False, [0.0]]),
     "weight_decay": (NOT_NEGATIVE, [-0.1, NAN, INF, "0.1", True, [0.1]]),

@@ -32,6 +32,7 @@ def make_optimizer(**kwargs):
         gamma_1=0.9,
         gamma_2=0.05,
         factor_update_steps=1,
+        rms_decay=None,
         **kwargs,
     )
 

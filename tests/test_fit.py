@@ -11,6 +11,7 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import PUBLISHED
 from models import state
 from models import to_numpy
 from models import weights
@@ -22,7 +23,7 @@ BATCH = 8
 
 
 def adafisher(**arguments):
-    return keras_adafisher.AdaFisher(factor_update_steps=2, **arguments)
+    return keras_adafisher.AdaFisher(**{**arguments, "factor_update_steps": 2})
 
 
 def compiled(optimizer=None, **arguments):
@@ -189,10 +190,11 @@ def test_class_weights_are_sample_weights():
 def test_weights_of_the_samples_enter_s():
     """A sample of weight 0 has `s = 0`, but its `h` counts."""
     x, y = data(examples=4)
-    model = compiled(adafisher(damping=1e-6))
+    rule = {**PUBLISHED, "damping": 1e-6, "epsilon": 0.0}
+    model = compiled(adafisher(**rule))
     weight = np.array([1, 1, 0, 0], "float32")
     model.train_on_batch(x, y, sample_weight=weight)
-    plain = compiled(adafisher(damping=1e-6))
+    plain = compiled(adafisher(**rule))
     plain.train_on_batch(x[:2], y[:2])
 
     def factors(model, name):

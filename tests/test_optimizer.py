@@ -130,9 +130,15 @@ def test_the_first_step_by_hand_with_the_default_rule():
     )
     # After one step momentum is the gradient, with or without Nesterov's, and
     # the running mean square is that of the step: it has an RMS of 1.
-    step = np.array([[1.0, 3.0], [2.0, 6.0]]) / fisher
-    expected = -0.5 * step / np.sqrt(np.mean(step**2))
+    gradient = np.array([[1.0, 3.0], [2.0, 6.0]])
+    rms = np.sqrt(np.mean((gradient / fisher) ** 2))
+    expected = -0.5 * gradient / fisher / rms
     np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        to_numpy(optimizer.effective_learning_rate(layer.kernel)),
+        0.5 / fisher / rms,
+        rtol=1e-5,
+    )
 
 
 def test_the_scale_of_the_loss_makes_no_difference():

@@ -9,6 +9,7 @@ from keras import ops
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import PLAIN
 from models import to_numpy
 
 import keras_adafisher
@@ -141,6 +142,7 @@ def test_trajectories_on_a_surface():
                 gamma_1=0.5,
                 gamma_2=0.5,
                 factor_update_steps=1,
+                **PLAIN,
             ),
         },
         start=(-4.0, 2.0),

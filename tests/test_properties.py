@@ -116,6 +116,9 @@ class Rule:
     gamma_2: float
     factor_update_steps: int
     epsilon: float
+    normalization: str
+    nesterov: bool
+    rms_decay: float | None
     weight_decay: float
     clip: tuple
 
@@ -138,6 +141,9 @@ RULES = st.builds(
     gamma_2=st.sampled_from([0.0, 0.008, 0.9]),
     factor_update_steps=st.sampled_from([1, 2, 3]),
     epsilon=st.sampled_from([0.0, 1e-6, 0.1]),
+    normalization=st.sampled_from(["mean", "min_max"]),
+    nesterov=st.booleans(),
+    rms_decay=st.sampled_from([None, 0.0, 0.99]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     clip=st.sampled_from(
         [("clipnorm", None), ("clipnorm", 0.5), ("global_clipnorm", 0.1)]
@@ -278,6 +284,10 @@ def expected_fisher(layer, rule, x, s):
     """Fisher diagonals of the weight and of the bias after one step."""
     h, s, normalizes_one, scale = measurements(layer, x, s)
     has_bias = parts(layer)[1] is not None
+    if rule.normalization == "mean":
+        normalized, normalizes_one = reference.mean_scaled, False
+    else:
+        normalized = reference.min_max
     entries = h.ravel()
     if has_bias and normalizes_one:
         entries = np.append(entries, 1.0)
@@ -285,10 +295,10 @@ def expected_fisher(layer, rule, x, s):
     def running(value):
         return (1 - rule.gamma_1) + rule.gamma_2 * value
 
-    entries = running(reference.min_max(entries, rule.epsilon * scale))
+    entries = running(normalized(entries, rule.epsilon * scale))
     one = entries[-1] if has_bias and normalizes_one else running(1.0)
     h = entries[: h.size].reshape(h.shape)
-    s = running(reference.min_max(s, rule.epsilon))
+    s = running(normalized(s, rule.epsilon))
     if hasattr(layer, "gamma"):
         weight = h[0] * s
     else:

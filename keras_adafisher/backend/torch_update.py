@@ -102,13 +102,13 @@ class Updater:
         # In single precision at least.
         dtype = torch.promote_types(steps[0].dtype, torch.float32)
         norms = torch._foreach_norm(steps, dtype=dtype)
-        squares = [norm.to(torch.float32) for norm in norms]
-        torch._foreach_mul_(squares, squares)
-        torch._foreach_div_(squares, [float(x.numel()) for x in steps])
-        torch._foreach_lerp_(velocities, squares, 1 - self.rms_decay)
-        roots = torch._foreach_sqrt(velocities)
-        torch._foreach_add_(roots, self.adam_epsilon)
-        return roots
+        torch._foreach_div_(norms, [x.numel() ** 0.5 for x in steps])
+        squares = torch.stack(norms).square().to(torch.float32)
+        old = torch.stack(velocities)
+        new = old.lerp(squares, 1 - self.rms_decay)
+        new = torch.where(squares.isfinite(), new, old)
+        torch._foreach_copy_(velocities, new.unbind())
+        return (new.sqrt() + self.adam_epsilon).unbind()
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():
