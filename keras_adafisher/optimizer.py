@@ -426,8 +426,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 square = ops.square(ops.divide(gradient, denominator))
                 square = ops.mean(square)
                 # One number for all entries: don't let one batch spoil it.
-                v = self._velocities[index]
-                square = ops.where(ops.isfinite(square), square, v)
+                old = ops.convert_to_tensor(self._velocities[index])
+                square = ops.where(ops.isfinite(square), square, old)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
             denominator = 1.0

@@ -87,7 +87,8 @@ def test_weights_follow_the_algorithm(
                 (kernel, bias), momenta, gradients, fishers, strict=True
             )
         )
-        assert_close(layer.get_weights(), [kernel, bias], 2e-6)
+        # `1 - 0.99**t` has five digits in single precision, as in Adam.
+        assert_close(layer.get_weights(), [kernel, bias], 1e-5)
 
 
 def test_the_first_step_by_hand():
@@ -133,7 +134,8 @@ def test_the_first_step_by_hand_with_the_default_rule():
     gradient = np.array([[1.0, 3.0], [2.0, 6.0]])
     rms = np.sqrt(np.mean((gradient / fisher) ** 2))
     expected = -0.5 * gradient / fisher / rms
-    np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-6)
+    # `1 - 0.99` has five digits in single precision, as in Adam.
+    np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-5)
     np.testing.assert_allclose(
         to_numpy(optimizer.effective_learning_rate(layer.kernel)),
         0.5 / fisher / rms,
