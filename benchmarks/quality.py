@@ -193,12 +193,14 @@ def robust(name, rival, level):
     """The lowest validation loss for each batch size, rate and seed."""
     rates, batches, seeds = ROBUST_RATES, ROBUST_BATCHES, (20, 21, 22)
     if level == "tiny":
-        rates, batches, seeds = ROBUST_RATES[4:6], (64,), (20,)
+        # The program that `defaults` has compiled.
+        rates, batches, seeds = ROBUST_RATES[4:6], (None,), (20,)
     cells = {}
     for batch in batches:
-        program = trainer(name, rival, "constant", min(batch, 256))
+        size = () if batch is None else (batch,)
+        program = trainer(name, rival, "constant", *size)
         for rate in rates:
-            cells[f"{batch}/{rate:.3g}"] = [
+            cells[f"{program.batch_size}/{rate:.3g}"] = [
                 [lowest(run), diverges(run)]
                 for run in (program.run(rate, seed) for seed in seeds)
             ]

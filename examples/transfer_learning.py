@@ -131,7 +131,7 @@ def main():
         print("\nFirst task: digits 0 to 4")
         model = with_head(backbone)
         data = load_digits(range(5), training_images=700)
-        add_row("first task", model, train(model, 1e-3, data, first))
+        add_row("first task", model, train(model, 3e-3, data, first))
 
     print("\nThe head: digits 5 to 9")
     backbone.trainable = False
@@ -139,11 +139,11 @@ def main():
     # the averages that it has.
     model = with_head(backbone, training=False)
     data = load_digits(range(5, 10), training_images=100)
-    add_row("the head", model, train(model, 1e-3, data, head))
+    add_row("the head", model, train(model, 1e-2, data, head))
 
     print("\nFine-tuning")
     backbone.trainable = True
-    add_row("fine-tuning", model, train(model, 1e-4, data, all_of_it))
+    add_row("fine-tuning", model, train(model, 1e-3, data, all_of_it))
     rich.console.Console().print(table)
 
 

@@ -1,6 +1,7 @@
 """The examples run: `make demo` is the first thing that a newcomer sees."""
 
 import keras
+import pytest
 from processes import run
 
 
@@ -44,6 +45,17 @@ def number(cell):
     return float(cell.strip(" %").replace(",", ""))
 
 
+def as_it_is(test):
+    return test
+
+
+# Compiled, they take minutes together. `make test-long` runs them there.
+slow_where_compiled = (
+    as_it_is if keras.backend.backend() == "torch" else pytest.mark.slow
+)
+
+
+@slow_where_compiled
 def test_vision_transformer(tmp_path):
     plot = tmp_path / "vision_transformer.png"
     output = run(
@@ -59,6 +71,7 @@ def test_vision_transformer(tmp_path):
     assert plot.stat().st_size > 10_000
 
 
+@slow_where_compiled
 def test_language_model():
     output = run(
         "examples/language_model.py",
@@ -74,6 +87,7 @@ def test_language_model():
     assert "def " in output.rpartition("writes:")[2]
 
 
+@slow_where_compiled
 def test_transfer_learning():
     output = run("examples/transfer_learning.py", "--epochs", "3", "5", "3")
     steps, trained, factored, accuracies = zip(*rows(output), strict=True)
