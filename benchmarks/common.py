@@ -29,12 +29,31 @@ import numpy as np  # noqa: E402
 
 import keras_adafisher  # noqa: E402
 
+# The method as published.
+PUBLISHED = {
+    "learning_rate": 1e-3,
+    "damping": 1e-3,
+    "gamma_1": 0.92,
+    "gamma_2": 0.008,
+    "factor_update_steps": 100,
+    "epsilon": 1e-6,
+    "normalization": "min_max",
+    "nesterov": False,
+    "rms_decay": None,
+}
+
+
+def published(**arguments):
+    """An AdaFisher as published, but for some arguments."""
+    return keras_adafisher.AdaFisher(**{**PUBLISHED, **arguments})
+
+
 OPTIMIZERS = {
     "SGD": lambda: keras.optimizers.SGD(1e-3, momentum=0.9),
     "Adam": lambda: keras.optimizers.Adam(1e-4),
-    "AdaFisher, every 100": lambda: keras_adafisher.AdaFisher(1e-6),
-    "AdaFisher, every step": lambda: keras_adafisher.AdaFisher(
-        1e-6, factor_update_steps=1
+    "AdaFisher, every 100": lambda: published(learning_rate=1e-6),
+    "AdaFisher, every step": lambda: published(
+        learning_rate=1e-6, factor_update_steps=1
     ),
 }
 

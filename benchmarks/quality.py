@@ -23,6 +23,7 @@ import statistics
 import time
 
 from benchmarks.common import parse_arguments
+from benchmarks.common import published
 from benchmarks.common import Results
 
 import jax  # isort: skip
@@ -34,17 +35,6 @@ import keras_adafisher  # isort: skip
 from benchmarks.quality_tasks import TASKS  # isort: skip
 from benchmarks.training import Trainer  # isort: skip
 
-PUBLISHED = {
-    "learning_rate": 1e-3,
-    "damping": 1e-3,
-    "gamma_1": 0.92,
-    "gamma_2": 0.008,
-    "factor_update_steps": 100,
-    "epsilon": 1e-6,
-    "normalization": "min_max",
-    "nesterov": False,
-    "rms_decay": None,
-}
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 # From a name to a function that makes the optimizer with its defaults, and to
 # the five learning rates that it is tuned over.
@@ -61,7 +51,7 @@ RIVALS = {
     "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "ScheduleFreeAdamW": (keras.optimizers.ScheduleFreeAdamW, ADAM_RATES),
     "AdaFisher, as published": (
-        functools.partial(keras_adafisher.AdaFisher, **PUBLISHED),
+        published,
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ),
     "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES),

@@ -78,10 +78,16 @@ def make_model(update, rate, arguments):
     if update == "Adam":
         optimizer = keras.optimizers.Adam(rate)
     else:
+        # As published but for what the command line says.
         optimizer = keras_adafisher.AdaFisher(
             rate,
             damping=arguments.damping,
+            gamma_1=0.92,
+            gamma_2=0.008,
             factor_update_steps=arguments.factor_update_steps,
+            normalization="min_max",
+            nesterov=False,
+            rms_decay=None,
         )
         if arguments.gamma is not None:
             optimizer.gamma_1 = optimizer.gamma_2 = arguments.gamma

@@ -18,13 +18,13 @@ from unittest import mock
 import keras
 import numpy as np
 from common import parse_arguments
+from common import published
 from common import Results
 from models import convolutions
 from models import gpt
 from models import mlp
 from models import resnet
 
-import keras_adafisher
 from keras_adafisher.wrappers import base
 
 # From what grows to the model and the sizes.
@@ -84,7 +84,7 @@ def measure(sweep, size, pairs, seconds, tiny):
     make_model, argument, _ = SWEEPS[sweep]
     fixed = TINY_FIXED[make_model] if tiny else FIXED[sweep]
     task = make_model(**{**fixed, argument: size})
-    task.compile(keras_adafisher.AdaFisher(1e-6, factor_update_steps=2))
+    task.compile(published(learning_rate=1e-6, factor_update_steps=2))
     for _ in range(4):
         task.step()
     differences, plain = [], []

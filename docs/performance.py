@@ -76,8 +76,9 @@ STEP_TEXT = """\
 `train_on_batch`, to the point where the weights are there. Medians of 60
 rounds, with the range that 80 % of them are in. With `factor_update_steps=100`,
 steps that measure are left out, and a hundredth of what one costs is added.
-AdaFisher, Adam and SGD (`momentum=0.9`) have the default settings but for the
-learning rate.
+Adam and SGD (`momentum=0.9`) have the default settings but for the learning
+rate, and AdaFisher those of the method as published. What its default rule
+costs is in [Quality](quality.md#cost-of-a-step-next-to-adams).
 
 ![Ratios of step times](performance/step_time.svg)
 """

@@ -479,18 +479,19 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         Returns:
             Float32 tensor of the variable's shape: the learning rate divided
             by `fisher_diagonal(variable)` and, with `rms_decay`, by the root
-            mean square of the preconditioned gradients. Before the first
-            update, when that is still 0, by `adam_epsilon` instead.
+            mean square of the preconditioned gradients, which is 0 before
+            the first update.
 
         Raises:
             ValueError: As `fisher_diagonal`.
         """
         denominator = self.fisher_diagonal(variable)
         if self.rms_decay is not None:
-            step = _past_the_largest(ops.cast(self.iterations, "float32"))
+            step = ops.cast(ops.maximum(self.iterations, 1), "float32")
             weight = 1 - ops.power(self.rms_decay, step)
-            square = self._velocities[self._index_of(variable)] / weight
-            denominator = denominator * (ops.sqrt(square) + self.adam_epsilon)
+            square = self._velocities[self._index_of(variable)]
+            root = ops.sqrt(square) + self.adam_epsilon
+            denominator = denominator * root / ops.sqrt(weight)
         return ops.cast(self.learning_rate, "float32") / denominator
 
     def ask(self, wanted=True):

@@ -143,6 +143,19 @@ def test_the_first_step_by_hand_with_the_default_rule():
     )
 
 
+def test_the_effective_learning_rate_before_the_first_update():
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(0.5, rms_decay=None), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    rate = model.optimizer.effective_learning_rate(model.layers[0].kernel)
+    # All factors are 1.
+    np.testing.assert_allclose(to_numpy(rate), np.full((6, 5), 0.25))
+    model.compile(keras_adafisher.AdaFisher(0.5), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    rate = model.optimizer.effective_learning_rate(model.layers[0].kernel)
+    assert np.all(np.isfinite(to_numpy(rate)))
+
+
 def test_the_scale_of_the_loss_makes_no_difference():
     """With the default rule, as with Adam."""
     x, y = data()
