@@ -47,9 +47,9 @@ test-long: $(VENV)/.test
 	@for backend in $(BACKENDS); do \
 	  echo "== Long tests with the $$backend backend"; \
 	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
-	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_properties.py \
+	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_benchmarks.py \
 	    tests/test_examples.py tests/test_faults.py tests/test_long_run.py \
-	    || exit 1; \
+	    tests/test_properties.py || exit 1; \
 	done
 
 # Breaks the package in small ways and tells which of them no test notices.

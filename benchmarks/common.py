@@ -55,6 +55,7 @@ OPTIMIZERS = {
     "AdaFisher, every step": lambda: published(
         learning_rate=1e-6, factor_update_steps=1
     ),
+    "AdaFisher, default": lambda: keras_adafisher.AdaFisher(1e-6),
 }
 
 

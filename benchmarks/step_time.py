@@ -76,6 +76,12 @@ def measure(name, rounds, builds, tiny):
         # With the hundredth part of a measuring step that is due.
         share = 0.99 * ratios(plain, base) + 0.01 * ratios(measuring, base)
         result[f"every 100/{base}"] = spread(share)
+    # By tens, each with one step that measures.
+    tens = {
+        optimizer: np.add.reduceat(values, range(0, len(values), 10))
+        for optimizer, values in seconds.items()
+    }
+    result["default/Adam"] = spread(tens["AdaFisher, default"] / tens["Adam"])
     return result
 
 

@@ -7,8 +7,21 @@ import signal
 import subprocess
 import sys
 
+import keras
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 300
+
+
+def slow_where_compiled(test):
+    """Mark a test of scripts that take minutes to trace and compile.
+
+    The suite runs it on PyTorch, `make test-long` on all backends.
+    """
+    if keras.backend.backend() == "torch":
+        return test
+    return pytest.mark.slow(test)
 
 
 def run(*arguments, **environment):

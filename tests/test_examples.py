@@ -1,8 +1,8 @@
 """The examples run: `make demo` is the first thing that a newcomer sees."""
 
 import keras
-import pytest
 from processes import run
+from processes import slow_where_compiled
 
 
 def test_digits(tmp_path):
@@ -43,16 +43,6 @@ def rows(output):
 
 def number(cell):
     return float(cell.strip(" %").replace(",", ""))
-
-
-def as_it_is(test):
-    return test
-
-
-# Compiled, they take minutes together. `make test-long` runs them there.
-slow_where_compiled = (
-    as_it_is if keras.backend.backend() == "torch" else pytest.mark.slow
-)
 
 
 @slow_where_compiled
@@ -108,6 +98,7 @@ def test_custom_layer():
     assert number(accuracy) > 50
 
 
+@slow_where_compiled
 def test_analysis(tmp_path):
     output = run("examples/analysis.py", "--epochs=1", f"--plots={tmp_path}")
     rows = [line for line in output.splitlines() if " % " in line]
