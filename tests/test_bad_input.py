@@ -352,8 +352,10 @@ def test_a_batch_of_the_wrong_shape_changes_nothing():
         keras.utils.set_random_seed(1)
         model = mlp()
         model.compile(
-            # Measures at each step, whatever their number is.
-            keras_adafisher.AdaFisher(beta=0.0, factor_update_steps=1),
+            # Measures and moves alike at each step, whatever its number is.
+            keras_adafisher.AdaFisher(
+                beta=0.0, rms_decay=None, factor_update_steps=1
+            ),
             loss=keras.losses.CategoricalCrossentropy(from_logits=True),
         )
         model.optimizer.build(model.trainable_variables)
