@@ -50,7 +50,7 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "size = 1 / (1 - self.beta**step)",
+        "size = 1 / (1 - self.beta**step_of_momentum)",
         "size = 1.0",
         "test_optimizer",
     ),
@@ -69,6 +69,60 @@ MUTATIONS = [
     Mutation(UPDATE, "value=-size", "value=size", "test_optimizer"),
     Mutation(
         UPDATE,
+        "step_of_momentum = step + 1",
+        "step_of_momentum = step",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "size *= (1 - self.rms_decay**step) ** 0.5",
+        "size *= 1 - self.rms_decay**step",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "[x.numel() ** 0.5 for x in steps]",
+        "[1.0 for x in steps]",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "new = torch.where(squares.isfinite(), new, old)",
+        "",
+        "test_faults",
+    ),
+    Mutation(
+        UPDATE,
+        "torch._foreach_copy_(velocities, new.unbind())",
+        "",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "weight = 1 - self.beta * (1 - weight)",
+        "pass",
+        "test_torch_update",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "square = ops.mean(square)",
+        "square = ops.max(square)",
+        "test_torch_update",
+    ),
+    Mutation(
+        FACTORS,
+        "return x / mean",
+        "return x / ops.square(mean)",
+        "test_optimizer",
+    ),
+    Mutation(
+        CURVATURE,
+        "return x, ops.ones_like(mean)",
+        "return x, ops.zeros_like(mean)",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
         "size *= (1 - self.adam_beta_2**step) ** 0.5",
         "size *= 1 - self.adam_beta_2**step",
         "test_optimizer",
@@ -83,8 +137,8 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "ops.multiply(ops.subtract(gradient, m), 1 - self.beta)",
-        "ops.multiply(ops.subtract(gradient, m), self.beta)",
+        "m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)",
+        "m, ops.multiply(ops.subtract(gradient, m), self.beta)",
         "test_torch_update",
     ),
     Mutation(
