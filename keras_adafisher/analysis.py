@@ -409,8 +409,25 @@ def _last_axis(x):
     return ops.reshape(x, (-1, x.shape[-1]))
 
 
-def _channels(x, channels_first):
-    return _last_axis(ops.moveaxis(x, 1, -1) if channels_first else x)
+def _full_patches(block, patches):
+    """The `_FullBlock` of a convolution of either direction.
+
+    Args:
+        block: The `Block`.
+        patches: Callable that makes the patches of float32 images whose
+            channels are last: not every device convolves others.
+    """
+
+    def channels_last(x):
+        return ops.moveaxis(x, 1, -1) if block.channels_first else x
+
+    def rows_of_activation(h):
+        return _last_axis(patches(channels_last(ops.cast(h, "float32"))))
+
+    def rows_of_gradient(s):
+        return _last_axis(channels_last(s))
+
+    return _FullBlock(block, rows_of_activation, rows_of_gradient)
 
 
 def _full_dense(block, layer):
@@ -426,15 +443,11 @@ def _full_conv(block, layer):
     kernel = kernel.reshape((*block.activation_shape[:-1], size))
 
     def patches(h):
-        h = ops.cast(h, "float32")
-        if block.channels_first:
-            # Not every device convolves these.
-            h = ops.moveaxis(h, 1, -1)
         padding = block.padding
         if padding == "causal":
             reach = (block.kernel_size[0] - 1) * block.dilation_rate[0]
             h, padding = ops.pad(h, [(0, 0), (reach, 0), (0, 0)]), "valid"
-        patches = ops.conv(
+        return ops.conv(
             h,
             kernel,
             strides=block.strides,
@@ -442,11 +455,8 @@ def _full_conv(block, layer):
             data_format="channels_last",
             dilation_rate=block.dilation_rate,
         )
-        return _last_axis(patches)
 
-    return _FullBlock(
-        block, patches, lambda s: _channels(s, block.channels_first)
-    )
+    return _full_patches(block, patches)
 
 
 def _full_conv_transpose(block, layer):
@@ -458,10 +468,7 @@ def _full_conv_transpose(block, layer):
     kernel = kernel.reshape((*taps, channels, size)).swapaxes(-1, -2)
 
     def patches(h):
-        h = ops.cast(h, "float32")
-        if block.channels_first:
-            h = ops.moveaxis(h, 1, -1)
-        patches = ops.conv_transpose(
+        return ops.conv_transpose(
             h,
             kernel,
             strides=block.strides,
@@ -470,11 +477,8 @@ def _full_conv_transpose(block, layer):
             data_format="channels_last",
             dilation_rate=block.dilation_rate,
         )
-        return _last_axis(patches)
 
-    return _FullBlock(
-        block, patches, lambda s: _channels(s, block.channels_first)
-    )
+    return _full_patches(block, patches)
 
 
 def _full_einsum(block, layer):
