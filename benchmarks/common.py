@@ -28,19 +28,7 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_adafisher  # noqa: E402
-
-# The method as published.
-PUBLISHED = {
-    "learning_rate": 1e-3,
-    "damping": 1e-3,
-    "gamma_1": 0.92,
-    "gamma_2": 0.008,
-    "factor_update_steps": 100,
-    "epsilon": 1e-6,
-    "normalization": "min_max",
-    "nesterov": False,
-    "rms_decay": None,
-}
+from benchmarks.published import PUBLISHED  # noqa: E402
 
 
 def published(**arguments):

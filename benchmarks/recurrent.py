@@ -30,6 +30,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import keras_adafisher
+from benchmarks.published import PUBLISHED
 from keras_adafisher.wrappers import DenseBlock
 
 UNITS, BATCH = 64, 32
@@ -80,14 +81,13 @@ def make_model(update, rate, arguments):
     else:
         # As published but for what the command line says.
         optimizer = keras_adafisher.AdaFisher(
-            rate,
-            damping=arguments.damping,
-            gamma_1=0.92,
-            gamma_2=0.008,
-            factor_update_steps=arguments.factor_update_steps,
-            normalization="min_max",
-            nesterov=False,
-            rms_decay=None,
+            **{
+                **PUBLISHED,
+                "learning_rate": rate,
+                "damping": arguments.damping,
+                "factor_update_steps": arguments.factor_update_steps,
+                "epsilon": 0.0,
+            }
         )
         if arguments.gamma is not None:
             optimizer.gamma_1 = optimizer.gamma_2 = arguments.gamma

@@ -4,22 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from benchmarks.published import PUBLISHED
 from keras_adafisher.probe import probes_at
 
-# The update rule of the paper, with the settings of the authors' code.
-PUBLISHED = {
-    "learning_rate": 1e-3,
-    "damping": 1e-3,
-    "gamma_1": 0.92,
-    "gamma_2": 0.008,
-    "factor_update_steps": 100,
-    "epsilon": 1e-6,
-    "normalization": "min_max",
-    "nesterov": False,
-    "rms_decay": None,
-}
 # The rule alone, whatever the settings: `theta -= learning_rate * m / F`.
-PLAIN = {"normalization": "min_max", "nesterov": False, "rms_decay": None}
+PLAIN = {
+    name: PUBLISHED[name] for name in ("normalization", "nesterov", "rms_decay")
+}
 
 
 def product_loss(y_true, y_pred):

@@ -6,9 +6,9 @@ from models import cross_entropy
 from models import data
 from models import mlp
 from models import probes_in
-from models import PUBLISHED
 
 import keras_adafisher
+from benchmarks.published import PUBLISHED
 
 
 def is_wrapped(model):

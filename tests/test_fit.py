@@ -11,12 +11,12 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
-from models import PUBLISHED
 from models import state
 from models import to_numpy
 from models import weights
 
 import keras_adafisher
+from benchmarks.published import PUBLISHED
 
 BACKEND = keras.backend.backend()
 BATCH = 8

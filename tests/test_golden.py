@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import pytest
 from models import cross_entropy
-from models import PUBLISHED
 from models import to_numpy
 
 import keras_adafisher
+from benchmarks.published import PUBLISHED
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "official.npz")
 TOLERANCE = 2e-6

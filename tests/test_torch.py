@@ -11,10 +11,10 @@ from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import probes_in
-from models import PUBLISHED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import keras_adafisher
+from benchmarks.published import PUBLISHED
 from keras_adafisher.backend import torch_update
 
 WAITS = ("__bool__", "__int__", "__float__", "__index__", "item", "numpy")
