@@ -30,34 +30,6 @@ class Split:
     y: np.ndarray
 
 
-@dataclasses.dataclass
-class QualityTask:
-    """What one model is trained on, and how it is scored.
-
-    Attributes:
-        name: String.
-        make_model: Function without arguments that returns a model with fresh
-            random weights.
-        loss: Function of targets and outputs, the mean loss.
-        score: "accuracy" or "loss": what counts on the test split.
-        train, validation, test: `Split`s.
-        batch_size: Integer.
-        epochs: Integer, the length of Adam's run.
-        evaluations: Integer, how often the model is evaluated per epoch.
-    """
-
-    name: str
-    make_model: object
-    loss: object
-    score: str
-    train: Split
-    validation: Split
-    test: Split
-    batch_size: int
-    epochs: int
-    evaluations: int = 1
-
-
 def cross_entropy(y, outputs):
     losses = keras.losses.sparse_categorical_crossentropy(
         y, outputs, from_logits=True
@@ -73,6 +45,32 @@ def pixel_cross_entropy(y, outputs):
     """Binary cross-entropy, summed over the pixels of an image."""
     losses = keras.losses.binary_crossentropy(y, outputs, from_logits=True)
     return keras.ops.mean(losses) * y.shape[-1]
+
+
+@dataclasses.dataclass
+class QualityTask:
+    """What one model is trained on, and how it is scored.
+
+    Attributes:
+        make_model: Function without arguments that returns a model with fresh
+            random weights.
+        train, validation, test: `Split`s.
+        batch_size: Integer.
+        epochs: Integer, the length of Adam's run.
+        evaluations: Integer, how often the model is evaluated per epoch.
+        loss: Function of targets and outputs, the mean loss.
+        score: "accuracy" or "loss": what counts on the test split.
+    """
+
+    make_model: object
+    train: Split
+    validation: Split
+    test: Split
+    batch_size: int
+    epochs: int
+    evaluations: int = 1
+    loss: object = cross_entropy
+    score: str = "accuracy"
 
 
 def split(x, y, validation, test, seed=0):
@@ -130,10 +128,7 @@ def mnist_mlp():
         )
 
     return QualityTask(
-        "MNIST, MLP",
         make_model,
-        cross_entropy,
-        "accuracy",
         *split(x, y, 1000, 1000),
         batch_size=64,
         epochs=8,
@@ -160,10 +155,7 @@ def convolutional(classes):
 def mnist_cnn():
     x, y = mnist(14)
     return QualityTask(
-        "MNIST, CNN",
         lambda: convolutional(10),
-        cross_entropy,
-        "accuracy",
         *split(x, y, 1000, 1000),
         batch_size=64,
         epochs=8,
@@ -183,10 +175,7 @@ def mnist_vit():
         return keras.Model(inputs, layers.Dense(10)(h))
 
     return QualityTask(
-        "MNIST, ViT",
         make_model,
-        cross_entropy,
-        "accuracy",
         *split(x, y, 1000, 1000),
         batch_size=64,
         epochs=10,
@@ -210,13 +199,12 @@ def mnist_autoencoder():
         )
 
     return QualityTask(
-        "MNIST, autoencoder",
         make_model,
-        pixel_cross_entropy,
-        "loss",
         *split(x, x, 1000, 1000),
         batch_size=64,
         epochs=15,
+        loss=pixel_cross_entropy,
+        score="loss",
     )
 
 
@@ -234,10 +222,7 @@ def mnist_lstm():
         )
 
     return QualityTask(
-        "MNIST rows, LSTM",
         make_model,
-        cross_entropy,
-        "accuracy",
         *split(x[..., 0], y, 1000, 1000),
         batch_size=64,
         epochs=10,
@@ -266,14 +251,12 @@ def character_gpt(length=32, size=48):
         return keras.Model(inputs, layers.Dense(CHARACTERS)(h))
 
     return QualityTask(
-        "Python's source, GPT",
         make_model,
-        cross_entropy,
-        "loss",
         *split(x, y, 320, 320),
         batch_size=16,
         epochs=1,
         evaluations=20,
+        score="loss",
     )
 
 
@@ -295,13 +278,12 @@ def diabetes():
     for part in splits:
         part.y = ((part.y - mean) / deviation).astype("float32")
     return QualityTask(
-        "diabetes, MLP",
         lambda: perceptron(10, 1),
-        squared_error,
-        "loss",
         *splits,
         batch_size=32,
         epochs=30,
+        loss=squared_error,
+        score="loss",
     )
 
 
@@ -309,10 +291,7 @@ def breast_cancer():
     data = sklearn.datasets.load_breast_cancer()
     y = data.target.astype("int32")
     return QualityTask(
-        "breast cancer, MLP",
         lambda: perceptron(30, 2),
-        cross_entropy,
-        "accuracy",
         *standardized(split(data.data, y, 0.2, 0.2)),
         batch_size=32,
         epochs=20,
@@ -323,10 +302,7 @@ def digits():
     data = sklearn.datasets.load_digits()
     x = (data.data / 16).astype("float32")
     return QualityTask(
-        "digits, MLP",
         lambda: perceptron(64, 10),
-        cross_entropy,
-        "accuracy",
         *split(x, data.target.astype("int32"), 0.2, 0.2),
         batch_size=32,
         epochs=20,
@@ -363,10 +339,7 @@ def fine_tuning():
         return model
 
     return QualityTask(
-        "fine-tuning to digits, CNN",
         make_model,
-        cross_entropy,
-        "accuracy",
         *parts,
         batch_size=32,
         epochs=10,

@@ -6,7 +6,6 @@ Keras' stateless API is all that it takes: `stateless_call`, `stateless_apply`.
 """
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +22,13 @@ class Run:
     """What a training run left.
 
     Attributes:
-        train, validation, test: Lists of losses, one for each evaluation.
-        validation_score, test_score: Lists of scores, one for each evaluation.
-        steps: Integer, the number of steps between two evaluations.
-        seconds: Float, how long all steps took, without evaluation.
+        train, validation: Lists of losses, one for each evaluation.
+        test_score: List of scores, one for each evaluation.
     """
 
     train: list
     validation: list
-    test: list
-    validation_score: list
     test_score: list
-    steps: int
-    seconds: float
 
 
 class Trainer:
@@ -88,22 +81,18 @@ class Trainer:
         total = parts * self.steps
         state = self.fresh_state(seed)
         batches = self.batches(seed)
-        run = Run([], [], [], [], [], self.steps, 0.0)
+        run = Run([], [], [])
         for part in range(parts):
             order = jnp.asarray([next(batches) for _ in range(self.steps)])
-            start = time.perf_counter()
             state, loss = self._part(
                 state, order, part * self.steps, total, learning_rate
             )
             run.train.append(float(loss))
-            run.seconds += time.perf_counter() - start
-            for losses, scores, data in (
-                (run.validation, run.validation_score, self._data[1]),
-                (run.test, run.test_score, self._data[2]),
-            ):
-                loss, score = self._evaluate(state[0], state[1], *data)
-                losses.append(float(loss))
-                scores.append(float(score))
+            _, validation, test = self._data
+            loss, _ = self._evaluate(*state[:2], *validation)
+            run.validation.append(float(loss))
+            _, score = self._evaluate(*state[:2], *test)
+            run.test_score.append(float(score))
             if not np.isfinite(run.validation[-1]):
                 break
         return run

@@ -84,7 +84,7 @@ ScheduleFreeAdamW, which stays at its rate.
 
 All have the time that Adam takes: where a step costs 1.1 times as much, there
 are that many fewer of them. The cost is that of whole compiled epochs, in
-seconds of the processor, median of {rounds} rounds in which all take turns.
+seconds of the processor, median of 7 rounds in which all take turns.
 
 ### Score on the test split
 
@@ -151,6 +151,15 @@ def scores(row):
     return [run["test_score"] for run in row["runs"]]
 
 
+def mean_scores(data, kind):
+    """From an optimizer to its mean score, `-inf` if that isn't finite."""
+    means = {
+        rival: statistics.mean(scores(data["rows"][f"{kind}: {rival}"]))
+        for rival in RIVALS
+    }
+    return {r: m if math.isfinite(m) else -math.inf for r, m in means.items()}
+
+
 def mean_curve(row, what="validation"):
     """The mean over seeds, as far as all of them go."""
     curves = [run[what] for run in row["runs"]]
@@ -186,8 +195,8 @@ def score_table(results, kind):
     rows = []
     for task, data in results.items():
         values = {r: scores(data["rows"][f"{kind}: {r}"]) for r in RIVALS}
-        means = {r: statistics.mean(v) for r, v in values.items()}
-        best = max(m for m in means.values() if math.isfinite(m))
+        means = mean_scores(data, kind)
+        best = max(means.values())
         cells = [
             f"**{show(task, values[r])}**"
             if is_close(task, means[r], best)
@@ -256,10 +265,7 @@ def ranks(results):
     """Mean rank at the defaults: 1 is the best of all."""
     total = dict.fromkeys(RIVALS, 0.0)
     for data in results.values():
-        means = {}
-        for rival in RIVALS:
-            value = statistics.mean(scores(data["rows"][f"defaults: {rival}"]))
-            means[rival] = value if math.isfinite(value) else -math.inf
+        means = mean_scores(data, "defaults")
         for rival, own in means.items():
             better = sum(other > own for other in means.values())
             ties = sum(other == own for other in means.values())
@@ -401,7 +407,7 @@ def plot_robustness(shares, path):
     plt.close(figure)
 
 
-def summary(results, times, means, mean_ranks, shares, diverging):
+def summary(results, means, mean_ranks, shares):
     """The goals, and whether they are met."""
     rows = []
 
@@ -417,11 +423,8 @@ def summary(results, times, means, mean_ranks, shares, diverging):
     )
     best, close = 0, 0
     for task, data in results.items():
-        own = {
-            r: statistics.mean(scores(data["rows"][f"tuned: {r}"]))
-            for r in RIVALS
-        }
-        top = max(v for v in own.values() if math.isfinite(v))
+        own = mean_scores(data, "tuned")
+        top = max(own.values())
         ours = max(own[r] for r in OURS)
         best += ours == top
         close += is_close(task, ours, top)
@@ -481,11 +484,9 @@ def write(results, output):
             missing=f"\nNot measured yet: {'; '.join(missing)}.\n"
             if missing
             else "",
-            summary=summary(
-                results, times, means, mean_ranks, shares, diverging
-            ),
+            summary=summary(results, means, mean_ranks, shares),
         ),
-        TUNED.format(rounds=7),
+        TUNED,
         score_table(results, "tuned"),
         TARGET.format(never=NEVER),
         target,
