@@ -52,19 +52,9 @@ def make_model():
 
 
 def make_optimizers():
-    """What is compared.
-
-    With `gamma_1 == gamma_2`, AdaFisher's factors are plain running averages,
-    and the Fisher diagonal ranges from the damping to nearly 1 more than that.
-    """
+    """What is compared."""
     return {
-        "AdaFisher": keras_adafisher.AdaFisher(
-            learning_rate=0.02,
-            damping=0.2,
-            gamma_1=0.1,
-            gamma_2=0.1,
-            factor_update_steps=5,
-        ),
+        "AdaFisher": keras_adafisher.AdaFisher(),
         "Adam": keras.optimizers.Adam(learning_rate=0.002),
     }
 
@@ -143,11 +133,7 @@ def main():
                 "SGD": keras.optimizers.SGD(0.1, momentum=0.9),
                 "Adam": keras.optimizers.Adam(0.1),
                 "AdaFisher": keras_adafisher.AdaFisher(
-                    0.1,
-                    damping=0.2,
-                    gamma_1=0.1,
-                    gamma_2=0.1,
-                    factor_update_steps=1,
+                    0.1, factor_update_steps=1
                 ),
             },
             start=(-5.0, 2.5),

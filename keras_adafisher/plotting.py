@@ -323,11 +323,11 @@ def loss_surface_trajectories(
     AdaFisher's factors belong to a layer. The two parameters are therefore
     posed as the bias of a dense layer of two outputs whose input is zero. Then
     the activation factor of the bias is that of the input 1, and the gradient
-    factor is the squared gradient of the two parameters, Min–Max normalized:
-    the steeper direction has the larger Fisher diagonal. (If they were the two
+    factor is the squared gradient of the two parameters, normalized: the
+    steeper direction has the larger Fisher diagonal. (If they were the two
     weights of a dense layer, one of its factors would be a single number,
-    which Min–Max normalization maps to zero: the Fisher diagonal would be the
-    damping.)
+    which Min–Max normalization, if chosen, maps to zero: the Fisher diagonal
+    would be the damping.)
 
     Args:
         function: Callable `(x, y)` of `keras.ops` or of arithmetic, which

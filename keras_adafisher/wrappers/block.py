@@ -116,7 +116,7 @@ class Block:
 
         Returns:
             Float32 tensors of shapes `activation_shape` and `gradient_shape`,
-            each up to a factor that Min–Max normalization removes.
+            each up to a factor that the normalization removes.
         """
         return rank_one_factors(
             gradient, self.activation_shape, self.gradient_shape
@@ -159,7 +159,7 @@ class GradientBlock(Block):
 
     For one row, the weight's gradient is `g = h sᵀ`. The mean of `g²` over the
     outputs is `H` times a constant, its mean over the inputs is `S` times a
-    constant, and Min–Max normalization removes the constants: the estimate is
+    constant, and the normalization removes the constants: the estimate is
     exact. For the sum over many independent rows, `g²` has the expectation
     `H ⊗ S` times their number as far as `h²` and `s²` are independent and `g`
     has mean zero: the estimate is `H` and `S` plus noise. Where the mean of `g`
