@@ -1,11 +1,17 @@
-"""What the optimizer keeps of a block: its running Kronecker factors."""
+"""What the optimizer keeps of the layers: their running Kronecker factors.
 
-import dataclasses
-import functools
-import itertools
+The factors of all blocks are in one vector, one optimizer variable. A model has
+many layers, but their factors are small: what takes time, to compile and to
+run, is the number of operations, not that of entries.
+
+What is normalized together, `H` of one block for instance, is a row of the
+vector. Rows of one length are neighbours, so that they are the rows of a matrix
+as they are.
+"""
+
+import collections
 import math
 
-import keras
 from keras import ops
 
 from keras_adafisher import backend
@@ -13,72 +19,68 @@ from keras_adafisher import factors
 
 
 class Curvature:
-    """The running factors of one block: optimizer state.
+    """The running factors of one block.
 
     Args:
         probe: The block's `Probe`.
-        add_variable: `Optimizer.add_variable`.
+
+    Attributes:
+        places: Dict from the name of a factor to where it begins in the vector
+            of all, and its shape. The names are "activation", "gradient", and
+            in a block with a bias "one", the factor of the input that is
+            always 1, and "bias_gradient" if the bias has an `S` of its own.
+        vector: The variable that has the factors of all blocks.
     """
 
-    def __init__(self, probe, add_variable):
+    def __init__(self, probe):
         self.probe = probe
-        self.block = block = probe.block
-        self._add_variable = add_variable
-        # Equal for the blocks of one weight. Once all are made, the optimizer
-        # puts them into `blocks_of_weight`.
-        self.key = id(block.parameters[0])
+        self.block = probe.block
+        # Equal for the blocks of one weight. Once all are made, `Factors` puts
+        # them into `blocks_of_weight`.
+        self.key = id(self.block.parameters[0])
         self.blocks_of_weight = [self]
-        self.activation = self._add_factor("activation", block.activation_shape)
-        self.gradient = self._add_factor("gradient", block.gradient_shape)
-        self.variables = [self.activation, self.gradient]
-        self.one = self.bias_gradient = None
-        if block.bias is not None:
-            # The factor of the input that is always 1.
-            self.one = self._add_factor("request", ())
-            self.variables.append(self.one)
-            self.bias_gradient = self.gradient
-            if block.bias_gradient_shape is not None:
-                self.bias_gradient = self._add(
-                    "gradient",
-                    block.bias_gradient_shape,
-                    "ones",
-                    "bias_factor",
-                    [block.bias],
-                )
-                self.variables.append(self.bias_gradient)
+        self.places = {}
+        self.vector = None
 
     @property
     def is_measured(self):
         """Whether a tap is there for one of the weight's uses."""
         return any(c.probe.is_tapped for c in self.blocks_of_weight)
 
-    def _add_factor(self, of, shape):
-        return self._add(of, shape, "ones", "factor")
+    def factor(self, name):
+        """One of the running factors, a tensor. `None` if there is none."""
+        if name not in self.places:
+            return None
+        start, shape = self.places[name]
+        vector = ops.convert_to_tensor(self.vector)
+        return ops.reshape(vector[start : start + math.prod(shape)], shape)
 
-    def _add(self, of, shape, initializer, what, parameters=None):
-        if parameters is None:
-            parameters = self.probe.parameters_of(of)
-        return self._add_variable(
-            shape=shape,
-            initializer=initializer,
-            dtype="float32",
-            # All replicas write the same value.
-            aggregation="only_first_replica",
-            layout=backend.layout_like(parameters, shape),
-            name=f"{self.probe.name(of)}_{what}",
-        )
+    @property
+    def activation(self):
+        """`H` of the weight."""
+        return self.factor("activation")
+
+    @property
+    def gradient(self):
+        """`S` of the weight."""
+        return self.factor("gradient")
+
+    @property
+    def one(self):
+        """`H` of the bias, a scalar. `None` without a bias."""
+        return self.factor("one")
+
+    @property
+    def bias_gradient(self):
+        """`S` of the bias. `None` without a bias."""
+        if "one" not in self.places:
+            return None
+        has_own = "bias_gradient" in self.places
+        return self.factor("bias_gradient" if has_own else "gradient")
 
     def values(self):
-        return [ops.convert_to_tensor(v) for v in self.variables]
-
-    def pick(self, values):
-        """The new values of `variables` from a dict of their ids."""
-        return [values[id(variable)] for variable in self.variables]
-
-    def assign(self, values, assign):
-        """Set `variables` to new values by `Optimizer.assign`."""
-        for variable, value in zip(self.variables, values, strict=True):
-            assign(variable, backend.keep_layout(value, variable))
+        """List of all running factors."""
+        return [self.factor(name) for name in self.places]
 
     def terms(self):
         """Pairs of a parameter and the function for its Fisher diagonal."""
@@ -89,244 +91,316 @@ class Curvature:
         return [pair for pair in pairs if pair[0] is not None]
 
     def fisher_of_weight(self):
-        return self.block.fisher_of_weight(
-            ops.convert_to_tensor(self.activation),
-            ops.convert_to_tensor(self.gradient),
-        )
+        return self.block.fisher_of_weight(self.activation, self.gradient)
 
     def fisher_of_bias(self):
-        return self.block.fisher_of_bias(
-            ops.convert_to_tensor(self.one),
-            ops.convert_to_tensor(self.bias_gradient),
-        )
+        return self.block.fisher_of_bias(self.one, self.bias_gradient)
 
-    def add_accumulators(self):
-        self.accumulators = [
-            self._add(name, shape, "zeros", "accumulator")
-            for name, shape in self.probe.shapes.items()
+    def shapes(self):
+        """Dict from the name of each factor to its shape."""
+        block = self.block
+        shapes = {
+            "activation": block.activation_shape,
+            "gradient": block.gradient_shape,
+        }
+        if block.bias is not None:
+            shapes["one"] = ()
+            if block.bias_gradient_shape is not None:
+                shapes["bias_gradient"] = block.bias_gradient_shape
+        return shapes
+
+    def rows(self, normalization):
+        """List of the names of the factors that make up each row."""
+        names = list(self.shapes())
+        takes_part = self.block.normalizes_one and normalization == "min_max"
+        if "one" in names and takes_part:
+            names.remove("one")
+            return [["activation", "one"], *([name] for name in names[1:])]
+        return [[name] for name in names]
+
+
+class Factors:
+    """The running factors of all blocks, in one vector.
+
+    Args:
+        probes: List of the blocks' `Probe`s.
+        normalization: See `AdaFisher`.
+        accumulates: Bool. Whether several steps make up an update.
+        add_variable: `Optimizer.add_variable`.
+
+    Attributes:
+        curvatures: List with the `Curvature` of each block.
+        vector: The variable that has all factors.
+        variables: List of the vector and, with `accumulates`, the variable
+            that sums up what the update's steps so far have measured.
+    """
+
+    def __init__(self, probes, normalization, accumulates, add_variable):
+        self.curvatures = [Curvature(probe) for probe in probes]
+        parameters = [p for probe in probes for p in probe.block.parameters]
+        self._normalization = normalization
+        self._find_uses()
+        self._lay_out()
+        sizes = {"factors": self._size}
+        if accumulates:
+            sizes["answers"] = len(self.curvatures) + self._size
+        self.variables = [
+            add_variable(
+                shape=(size,),
+                initializer="ones" if name == "factors" else "zeros",
+                dtype="float32",
+                # All replicas write the same value.
+                aggregation="only_first_replica",
+                # As long as no axis of a parameter is, and so whole on each
+                # device.
+                layout=backend.layout_like(parameters[:1], (size,)),
+                name=name,
+            )
+            for name, size in sizes.items()
         ]
+        self.vector = self.variables[0]
+        for curvature in self.curvatures:
+            curvature.vector = self.vector
 
-    def accumulate(self, answer, is_last, assign):
-        """Add an answer to those of the update's earlier steps."""
-        totals = []
-        for accumulator, tensor in zip(self.accumulators, answer, strict=True):
-            total = ops.add(accumulator, tensor)
-            rest = ops.where(is_last, ops.zeros_like(total), total)
-            assign(accumulator, rest)
-            totals.append(total)
-        return totals
+    def _find_uses(self):
+        """Find the blocks that have a weight in common."""
+        numbers = collections.defaultdict(list)
+        for number, curvature in enumerate(self.curvatures):
+            numbers[curvature.key].append(number)
+        groups = [numbers[curvature.key] for curvature in self.curvatures]
+        for curvature, group in zip(self.curvatures, groups, strict=True):
+            curvature.blocks_of_weight = [self.curvatures[n] for n in group]
+        # For each block the blocks of its weight. `None` if that is itself.
+        self._uses = None
+        if len(numbers) < len(self.curvatures):
+            self._uses = _matrix(groups)
 
-    def measured(self, answer, uses, scale, epsilon):
-        """What a measurement says of `variables`.
+    def _lay_out(self):
+        """Find a place for each factor."""
+        groups = collections.defaultdict(list)
+        for number, curvature in enumerate(self.curvatures):
+            for names in curvature.rows(self._normalization):
+                length = sum(math.prod(curvature.shapes()[n]) for n in names)
+                groups[length, names == ["one"]].append((number, names))
+        self._size = 0
+        # In the order of the vector: matrices, and number and name of each
+        # factor.
+        self._matrices = []
+        self._order = []
+        rows_of_blocks = [[] for _ in self.curvatures]
+        count = 0
+        for (length, is_one), rows in groups.items():
+            self._matrices.append(
+                _Matrix(self._size, length, is_one, self.curvatures, rows)
+            )
+            for number, names in rows:
+                rows_of_blocks[number].append(count)
+                count += 1
+                curvature = self.curvatures[number]
+                for name in names:
+                    shape = curvature.shapes()[name]
+                    curvature.places[name] = self._size, shape
+                    self._order.append((number, name))
+                    self._size += math.prod(shape)
+        self._rows_of_blocks = _matrix(rows_of_blocks)
+
+    def join(self, answers):
+        """Put all that was measured into one vector.
+
+        Args:
+            answers: Dict from the id of each probe that has answered to the
+                sums of the gradients of its inputs.
+
+        Returns:
+            A vector: how often each block was called, and the sums, laid out
+            as the factors are.
+        """
+        calls = []
+        totals = {}
+        for number, curvature in enumerate(self.curvatures):
+            count, activation, gradient = answers.get(
+                id(curvature.probe)
+            ) or map(ops.zeros, curvature.probe.shapes.values())
+            gradient, bias_gradient = curvature.block.split_gradient(gradient)
+            calls.append(count)
+            totals[number, "activation"] = activation
+            totals[number, "gradient"] = gradient
+            totals[number, "one"] = count
+            totals[number, "bias_gradient"] = bias_gradient
+        parts = [ops.reshape(totals[place], (-1,)) for place in self._order]
+        return ops.concatenate([ops.stack(calls), *parts])
+
+    def add(self, answers, is_last):
+        """Add what was measured to that of the update's earlier steps.
+
+        Args:
+            answers: What `join` returned.
+            is_last: Bool or boolean tensor, whether no more steps follow.
+
+        Returns:
+            The sum, and what to begin the next step with.
+        """
+        total = ops.add(self.variables[1], answers)
+        return total, ops.where(is_last, ops.zeros_like(total), total)
+
+    def taken_in(self, answers, scale, epsilon, gamma_1, gamma_2):
+        """Average the factors with what was measured.
 
         A weight that has several blocks may be used in one of its ways only:
         a tied embedding that embeds, but isn't reversed. The blocks of the
         other ways then measured zeros.
 
         Args:
-            answer: The sums over the gradients of `probe.inputs`.
-            uses: Number of answers that all blocks of the weight gave.
+            answers: What `join` or `add` returned.
             scale: Float, what the loss was multiplied by.
-            epsilon: See `AdaFisher`.
+            epsilon, gamma_1, gamma_2: See `AdaFisher`.
 
         Returns:
-            List of `Measurement`.
+            The new vector. The factors of a block stay as they were if its
+            weight wasn't used, or if not all that it measured is finite.
         """
-        calls, activation, gradient = answer
-        gradient, bias_gradient = self.block.split_gradient(gradient)
-        return self._measurements(
-            activation,
-            gradient,
-            bias_gradient,
-            calls=calls,
-            uses=uses,
-            epsilon=epsilon,
-            scale=scale,
-            normalizes_one=self.block.normalizes_one,
-        )
+        count = len(self.curvatures)
+        calls, totals = answers[:count], answers[count:]
+        new = []
+        is_finite = []
+        for matrix in self._matrices:
+            x = matrix.of(totals) / matrix.divisors(calls, scale)
+            x, finite = _normalize(
+                x, matrix.epsilons(epsilon), self._normalization, matrix.is_one
+            )
+            new.append(x)
+            is_finite.append(finite)
+        is_finite = ops.concatenate(is_finite)
+        is_usable = ops.all(ops.take(is_finite, self._rows_of_blocks), axis=1)
+        if self._uses is not None:
+            calls = ops.max(ops.take(calls, self._uses), axis=1)
+        is_usable = ops.logical_and(is_usable, calls > 0)
+        vector = ops.convert_to_tensor(self.vector)
+        result = []
+        for matrix, x in zip(self._matrices, new, strict=True):
+            old = matrix.of(vector)
+            x = factors.running_average(old, x, gamma_1, gamma_2)
+            x = ops.where(matrix.column(is_usable), x, old)
+            result.append(ops.reshape(x, (-1,)))
+        return ops.concatenate(result)
 
-    def estimated(self, gradient):
-        """What the gradient of the block's weight says of `variables`."""
-        activation, gradient_factor = self.block.estimate_from_gradient(
+    def estimated(self, curvature, gradient, gamma_1, gamma_2):
+        """Average the factors of a block with what a gradient says of them.
+
+        Args:
+            curvature: `Curvature` of the block.
+            gradient: Tensor, the gradient of its weight.
+            gamma_1, gamma_2: See `AdaFisher`.
+
+        Returns:
+            The new vector.
+        """
+        block = curvature.block
+        totals = dict.fromkeys(curvature.places)
+        totals["activation"], totals["gradient"] = block.estimate_from_gradient(
             gradient
         )
-        # The scale is arbitrary. So there is no `epsilon` to add, and nothing
-        # to compare the bias' input 1 with: it counts as the largest.
-        shape = self.block.bias_gradient_shape
-        return self._measurements(
-            activation,
-            gradient_factor,
-            None if shape is None else ops.zeros(shape),
-            calls=ops.ones(()),
-            # The gradient of an unused weight is zero.
-            uses=ops.cast(ops.any(gradient != 0), "float32"),
-        )
-
-    def _measurements(
-        self,
-        activation,
-        gradient,
-        bias_gradient,
-        calls,
-        uses,
-        epsilon=0.0,
-        scale=1.0,
-        normalizes_one=False,
-    ):
-        of_activation = Measurement(
-            self.activation,
-            activation,
-            calls,
-            uses,
-            epsilon=epsilon * self.block.epsilon_scale,
-            one=self.one,
-            normalizes_one=normalizes_one and self.one is not None,
-        )
-        of_gradients = [
-            Measurement(variable, total, calls, uses, epsilon, scale**2)
-            for variable, total in (
-                (self.gradient, gradient),
-                (self.bias_gradient, bias_gradient),
+        new = {}
+        # The gradient of an unused weight is zero.
+        is_usable = ops.any(gradient != 0)
+        for name, (_, shape) in curvature.places.items():
+            x = totals[name]
+            x = ops.zeros((1, math.prod(shape))) if x is None else x
+            # The scale is arbitrary. So there is no `epsilon` to add, and
+            # nothing to compare the bias' input 1 with.
+            new[name], is_finite = _normalize(
+                ops.reshape(x, (1, -1)), 0.0, self._normalization, name == "one"
             )
-            if total is not None
-        ]
-        return [of_activation, *of_gradients]
+            is_usable = ops.logical_and(is_usable, is_finite[0])
+        vector = ops.convert_to_tensor(self.vector)
+        parts = []
+        end = 0
+        for name, (start, shape) in sorted(
+            curvature.places.items(), key=lambda item: item[1]
+        ):
+            stop = start + math.prod(shape)
+            old = vector[start:stop]
+            x = factors.running_average(
+                old, ops.reshape(new[name], (-1,)), gamma_1, gamma_2
+            )
+            parts += [vector[end:start], ops.where(is_usable, x, old)]
+            end = stop
+        return ops.concatenate([*parts, vector[end:]])
 
 
-@dataclasses.dataclass
-class Measurement:
-    """A sum of mean squares, and the running factor that takes it in.
-
-    Attributes:
-        variable: The factor.
-        total: Tensor of its shape, the sum over calls of the layer.
-        calls: Scalar tensor, how many there were.
-        uses: Scalar tensor. The factor is to change unless it is 0.
-        epsilon: Float, see `factors.min_max`.
-        scale: Float, what else to divide `total` by.
-        one: Scalar variable or `None`: the entry that belongs to the bias.
-        normalizes_one: Bool. Whether it takes part in the normalization. Its
-            new value is 1 otherwise.
-        is_finite: Boolean scalar tensor, whether all is that the block
-            measured. `take_in` finds out.
-    """
-
-    variable: keras.Variable
-    total: object
-    calls: object
-    uses: object
-    epsilon: float = 0.0
-    scale: float = 1.0
-    one: keras.Variable | None = None
-    normalizes_one: bool = False
-    is_finite: object = None
-
-    @property
-    def kind(self):
-        """Equal for those that can be the rows of one matrix."""
-        return (
-            math.prod(self.variable.shape),
-            self.epsilon,
-            self.scale,
-            self.one is not None,
-            self.normalizes_one,
-        )
-
-
-def take_in(measured, gamma_1, gamma_2, normalization="min_max"):
-    """Normalize measurements and average them with what the factors are.
+class _Matrix:
+    """Neighbouring rows of one length in a vector of factors.
 
     Args:
-        measured: List of lists of `Measurement`, one for each block.
-        gamma_1, gamma_2, normalization: See `AdaFisher`.
-
-    Returns:
-        Dict from the id of a variable to its new value: the old one if the
-        block's layer wasn't used, or if not all that it measured is finite.
+        start: Integer, where they begin.
+        length: Integer.
+        is_one: Bool. Whether they are factors of the input that is always 1,
+            which nothing is normalized together with.
+        curvatures: List of all `Curvature`s.
+        rows: List with a block's number and the factors' names for each row.
     """
-    groups = [
-        (rows, _join([row.total for row in rows]))
-        for rows in backend.groups_of_rows(itertools.chain(*measured))
-    ]
-    for rows, totals in groups:
-        finite = ops.all(ops.isfinite(totals), axis=_axis(rows))
-        for row, is_finite in zip(rows, _split(finite, rows), strict=True):
-            row.is_finite = is_finite
-    for rows in measured:
-        is_finite = functools.reduce(
-            ops.logical_and, [row.is_finite for row in rows]
+
+    def __init__(self, start, length, is_one, curvatures, rows):
+        self.is_one = is_one
+        self._start = start
+        self._shape = (len(rows), length)
+        self._blocks = backend.constant([number for number, _ in rows], "int32")
+        # The scale of the loss is that of `s`.
+        self._has_scale = backend.constant(
+            [["gradient" in names[0]] for _, names in rows], "float32"
         )
-        for row in rows:
-            row.is_finite = is_finite
-    values = {}
-    for rows, totals in groups:
-        normalized = _normalize(rows, totals, normalization)
-        values.update(_average(rows, *normalized, gamma_1, gamma_2))
-    return values
+        self._epsilon_scales = backend.constant(
+            [
+                [
+                    curvatures[number].block.epsilon_scale
+                    if "activation" in names
+                    else 1
+                ]
+                for number, names in rows
+            ],
+            "float32",
+        )
+
+    def of(self, vector):
+        """The matrix."""
+        stop = self._start + math.prod(self._shape)
+        return ops.reshape(vector[self._start : stop], self._shape)
+
+    def column(self, values_of_blocks):
+        """The values of the rows' blocks, one below the other."""
+        return ops.expand_dims(ops.take(values_of_blocks, self._blocks), 1)
+
+    def divisors(self, calls, scale):
+        """A column of what makes means for a loss that isn't scaled of sums."""
+        divisors = self.column(ops.maximum(calls, 1))
+        if scale == 1:
+            return divisors
+        return divisors * (1 + (scale**2 - 1) * self._has_scale)
+
+    def epsilons(self, epsilon):
+        """A column of what is added to that which normalizes."""
+        return epsilon * self._epsilon_scales if epsilon else 0.0
 
 
-def _normalize(rows, totals, normalization):
-    """Normalize measurements of one kind, the rows of one matrix.
-
-    Returns:
-        A tensor like `totals`, and one with an entry for each row: the
-        factors of the inputs that are 1.
-    """
-    first = rows[0]
-    calls = ops.maximum(_join([row.calls for row in rows]), 1)
-    x = totals / (calls * first.scale)
-    axis = _axis(rows)
+def _normalize(x, epsilon, normalization, is_one):
+    """Normalize each row of a matrix, and tell which are finite."""
+    if is_one:
+        return ops.ones_like(x), ops.isfinite(x[:, 0])
     if normalization == "mean":
-        mean = ops.mean(x, axis=axis, keepdims=axis is not None)
-        x = factors.mean_scaled(x, first.epsilon, mean)
-        return x, ops.ones_like(mean)
-    low = ops.min(x, axis=axis, keepdims=axis is not None)
-    high = ops.max(x, axis=axis, keepdims=axis is not None)
-    one = ops.ones_like(low)
-    if first.normalizes_one:
-        low = ops.minimum(low, 1)
-        high = ops.maximum(high, 1)
-        one = factors.min_max(one, first.epsilon, low, high)
-    return factors.min_max(x, first.epsilon, low, high), one
+        mean = ops.mean(x, axis=1, keepdims=True)
+        # As it is unless all entries are.
+        is_finite = ops.isfinite(mean[:, 0])
+        return factors.mean_scaled(x, epsilon, mean), is_finite
+    low = ops.min(x, axis=1, keepdims=True)
+    high = ops.max(x, axis=1, keepdims=True)
+    is_finite = ops.all(ops.isfinite(x), axis=1)
+    return factors.min_max(x, epsilon, low, high), is_finite
 
 
-def _average(rows, x, one, gamma_1, gamma_2):
-    """Pairs of a variable's id and its new value."""
-    is_usable = ops.logical_and(
-        _join([row.uses for row in rows]) > 0,
-        _join([row.is_finite for row in rows]),
-    )
-    pairs = [([row.variable for row in rows], x)]
-    if rows[0].one is not None:
-        pairs.append(([row.one for row in rows], one))
-    for variables, new in pairs:
-        old = _join([v.value for v in variables])
-        new = factors.running_average(old, new, gamma_1, gamma_2)
-        new = _split(ops.where(is_usable, new, old), variables)
-        for variable, value in zip(variables, new, strict=True):
-            value = _reshape(value, variable.shape)
-            yield id(variable), backend.keep_layout(value, variable)
-
-
-def _join(tensors):
-    """Make tensors of one size the rows of a matrix. A single one stays."""
-    if len(tensors) == 1:
-        return tensors[0]
-    if all(len(tensor.shape) == 0 for tensor in tensors):
-        return ops.expand_dims(ops.stack(tensors), 1)
-    size = math.prod(tensors[0].shape)
-    return ops.stack([_reshape(tensor, (size,)) for tensor in tensors])
-
-
-def _axis(rows):
-    """The axes that one row has in what `_join` returns."""
-    return None if len(rows) == 1 else 1
-
-
-def _split(tensor, rows):
-    """Undo `_join`, up to the shapes."""
-    return [tensor] if len(rows) == 1 else ops.unstack(tensor)
-
-
-def _reshape(tensor, shape):
-    return tensor if tensor.shape == shape else ops.reshape(tensor, shape)
+def _matrix(lists):
+    """Make lists of numbers equally long by repeating their first."""
+    length = max(map(len, lists), default=0)
+    rows = [
+        numbers + numbers[:1] * (length - len(numbers)) for numbers in lists
+    ]
+    return backend.constant(rows, "int32")

@@ -8,8 +8,6 @@ The update of a weight, in one line:
 wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
-import collections
-import functools
 import numbers
 import warnings
 
@@ -17,8 +15,7 @@ import keras
 from keras import ops
 
 from keras_adafisher import backend
-from keras_adafisher.curvature import Curvature
-from keras_adafisher.curvature import take_in
+from keras_adafisher.curvature import Factors
 from keras_adafisher.probe import ask
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_at
@@ -290,13 +287,13 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
         self._is_probe = [probe_of(v) is not None for v in variables]
         self._momentums = self.add_optimizer_variables(variables, "momentum")
-        self._curvatures = [
-            Curvature(probe, self.add_variable) for probe in probes
-        ]
-        blocks = collections.defaultdict(list)
-        for curvature in self._curvatures:
-            blocks[curvature.key].append(curvature)
-            curvature.blocks_of_weight = blocks[curvature.key]
+        self._factors = Factors(
+            probes,
+            self.normalization,
+            bool(self.gradient_accumulation_steps),
+            self.add_variable,
+        )
+        self._curvatures = self._factors.curvatures
         # For each variable the functions that compute its Fisher diagonal,
         # which is their sum. None of them: AdamW's rule.
         self._fisher_terms = [[] for _ in variables]
@@ -332,9 +329,6 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                     name=f"{_name_of(variable)}_mean_square",
                 )
 
-        if self.gradient_accumulation_steps:
-            for curvature in self._curvatures:
-                curvature.add_accumulators()
         if self.use_ema:
             # Keras keeps no average of a probe but `None`, and then walks
             # over all of its averages. A probe serves as its own.
@@ -652,47 +646,46 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             [probe.answer(answers) for probe in probes],
             measuring,
         )
-        answered = list(zip(curvatures, sums, strict=True))
+        answered = dict(zip(map(id, probes), sums, strict=True))
+        factors = self._factors
 
+        steps = self.gradient_accumulation_steps or 1
         # The scale of the loss is the scale of `s`.
-        scale = self.loss_scale_factor or 1.0
-        if self.gradient_accumulation_steps:
-            steps = self.gradient_accumulation_steps
-            scale *= steps
-            is_last = (step + 1) % steps == 0
-            measuring = measuring & is_last
-            answered = [
-                (curvature, curvature.accumulate(answer, is_last, self.assign))
-                for curvature, answer in answered
-            ]
+        scale = (self.loss_scale_factor or 1.0) * steps
+
+        def taken_in(total):
+            return factors.taken_in(
+                total, scale, self.epsilon, self.gamma_1, self.gamma_2
+            )
 
         def measured():
-            # How often each weight was used, by all of its blocks.
-            uses = collections.defaultdict(list)
-            for curvature, (calls, *_) in answered:
-                uses[curvature.key].append(calls)
-            values = take_in(
-                [
-                    curvature.measured(
-                        answer,
-                        functools.reduce(ops.add, uses[curvature.key]),
-                        scale,
-                        self.epsilon,
-                    )
-                    for curvature, answer in answered
-                ],
-                self.gamma_1,
-                self.gamma_2,
-                self.normalization,
+            total = factors.join(answered)
+            if steps == 1:
+                return [taken_in(total)]
+            is_last = (step + 1) % steps == 0
+            total, rest = factors.add(total, is_last)
+            vector = backend.cond(
+                is_last,
+                lambda: taken_in(total),
+                lambda: ops.convert_to_tensor(factors.vector),
             )
-            return [curvature.pick(values) for curvature, _ in answered]
+            return [vector, rest]
 
-        def unchanged():
-            return [curvature.values() for curvature, _ in answered]
+        self._assign_if(measuring, factors.variables, measured)
 
-        values = backend.cond(measuring, measured, unchanged)
-        for (curvature, _), new_values in zip(answered, values, strict=True):
-            curvature.assign(new_values, self.assign)
+    def _assign_if(self, condition, variables, new_values):
+        """Set variables to what a function returns, or leave them."""
+
+        def laid_out(values):
+            return list(map(backend.keep_layout, values, variables))
+
+        values = backend.cond(
+            condition,
+            lambda: laid_out(new_values()),
+            lambda: laid_out(map(ops.convert_to_tensor, variables)),
+        )
+        for variable, value in zip(variables, laid_out(values), strict=True):
+            self.assign(variable, value)
 
     def _estimate_factors(self, index, gradient):
         """Estimate what no tap measures from the gradient of a weight.
@@ -709,18 +702,15 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 continue
 
             def estimated(curvature=curvature):
-                values = take_in(
-                    [curvature.estimated(gradient)],
-                    self.gamma_1,
-                    self.gamma_2,
-                    self.normalization,
-                )
-                return curvature.pick(values)
+                return [
+                    self._factors.estimated(
+                        curvature, gradient, self.gamma_1, self.gamma_2
+                    )
+                ]
 
-            values = backend.cond(
-                self._is_measuring_now, estimated, curvature.values
+            self._assign_if(
+                self._is_measuring_now, [self._factors.vector], estimated
             )
-            curvature.assign(values, self.assign)
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")

@@ -165,13 +165,14 @@ def assert_trains_in_half_precision(make_layer, x, **call_arguments):
         size = int(np.prod(ops.shape(model(x))))
         y = np.linspace(-1, 2, size, dtype="float32")
         model.train_on_batch(x, y.reshape(ops.shape(model(x))))
-        variables = [
-            variable
-            for curvature in optimizer._curvatures
-            for variable in curvature.variables
-        ]
-        assert all(variable.dtype == "float32" for variable in variables)
-        factors.append([to_numpy(variable) for variable in variables])
+        assert optimizer._factors.vector.dtype == "float32"
+        factors.append(
+            [
+                to_numpy(factor)
+                for curvature in optimizer._curvatures
+                for factor in curvature.values()
+            ]
+        )
     for full, half in zip(*factors, strict=True):
         # Not the 1 of the beginning.
         assert full.max() <= running(1.0) + 1e-6

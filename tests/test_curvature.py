@@ -1,4 +1,6 @@
-"""How measurements of many blocks enter the running factors."""
+"""How measurements of many blocks enter the vector of factors."""
+
+import types
 
 import keras
 import numpy as np
@@ -7,78 +9,159 @@ import reference
 from keras import ops
 from models import to_numpy
 
-from keras_adafisher.curvature import Measurement
-from keras_adafisher.curvature import take_in
+from keras_adafisher.curvature import Factors
+from keras_adafisher.wrappers import Block
 
 GAMMA_1, GAMMA_2 = 0.3, 0.2
 
 
-def tensor(x):
-    return ops.convert_to_tensor(np.asarray(x, "float32"))
+class Map(Block):
+    """A block of which only shapes and how to normalize are asked for."""
+
+    def __init__(self, h, s, weight=None, bias=True, one=True, scale=1):
+        if weight is None:
+            weight = keras.Variable(np.zeros(1, "float32"))
+        super().__init__(weight, keras.Variable(0.0) if bias else None)
+        self.activation_shape, self.gradient_shape = h, s
+        self.normalizes_one, self.epsilon_scale = one, scale
 
 
-def measurement(rng, shape, calls=1, bias=True, uses=None, **kwargs):
-    """A `Measurement`, and the mean that it is the sum of."""
-    mean = rng.gamma(2.0, size=shape)
-    scale = kwargs.get("scale", 1.0)
-    return Measurement(
-        keras.Variable(rng.uniform(size=shape).astype("float32")),
-        tensor(mean * calls * scale),
-        tensor(calls),
-        tensor(calls if uses is None else uses),
-        one=keras.Variable(np.float32(rng.uniform())) if bias else None,
-        **kwargs,
-    ), mean
+class OwnBiasMap(Map):
+    """The gradient at the bias has a shape of its own."""
+
+    bias_gradient_shape = (2,)
+    gradient_statistic_shape = (5,)
+
+    def split_gradient(self, statistic):
+        return statistic[:3], statistic[3:]
 
 
-def expected(row, mean):
-    """The new values of `variable` and `one`, by NumPy."""
-    if row.normalizes_one:
-        *new, one = reference.min_max(np.append(mean, 1.0), row.epsilon)
+def probe(block):
+    shapes = (), block.activation_shape, block.gradient_statistic_shape
+    return types.SimpleNamespace(
+        block=block,
+        is_tapped=True,
+        shapes=dict(
+            zip(("request", "activation", "gradient"), shapes, strict=True)
+        ),
+    )
+
+
+def make(blocks, normalization="min_max", accumulates=False):
+    """`Factors`, with random values, of some blocks."""
+
+    def add_variable(shape, layout, **kwargs):
+        assert layout is None
+        return keras.Variable(
+            shape=shape,
+            initializer=kwargs.pop("initializer"),
+            dtype=kwargs.pop("dtype"),
+        )
+
+    factors = Factors(
+        [probe(block) for block in blocks],
+        normalization,
+        accumulates,
+        add_variable,
+    )
+    rng = np.random.default_rng(1)
+    factors.vector.assign(rng.uniform(size=factors.vector.shape))
+    return factors
+
+
+def measure(factors, rng, calls, scale=1.0):
+    """Answers of all probes, and the means that they are the sums of."""
+    answers, means = {}, []
+    for curvature, count in zip(factors.curvatures, calls, strict=True):
+        _, *shapes = curvature.probe.shapes.values()
+        means.append(
+            [rng.gamma(2.0, size=shape) * (count > 0) for shape in shapes]
+        )
+        sums = count, count * means[-1][0], count * scale**2 * means[-1][1]
+        answers[id(curvature.probe)] = [
+            ops.convert_to_tensor(np.asarray(x, "float32")) for x in sums
+        ]
+    return answers, means
+
+
+def take_in(factors, answers, scale=1.0, epsilon=0.0):
+    """Set the factors to what `taken_in` returns."""
+    total = factors.join(answers)
+    factors.vector.assign(
+        factors.taken_in(total, scale, epsilon, GAMMA_1, GAMMA_2)
+    )
+
+
+def state(factors):
+    return [
+        {name: to_numpy(curvature.factor(name)) for name in curvature.places}
+        for curvature in factors.curvatures
+    ]
+
+
+def expected(old, block, means, normalization="min_max", epsilon=0.0):
+    """A block's new factors, by NumPy."""
+    normalize = {
+        "min_max": reference.min_max,
+        "mean": reference.mean_scaled,
+    }[normalization]
+    h, s = means
+    s, own = block.split_gradient(s)
+    of_h = epsilon * block.epsilon_scale
+    new = {"gradient": normalize(s, epsilon)}
+    if block.bias is not None:
+        if normalization == "min_max" and block.normalizes_one:
+            entries = normalize(np.append(h, 1.0), of_h)
+            new["activation"], new["one"] = entries[:-1], entries[-1]
+        else:
+            new["activation"], new["one"] = normalize(h, of_h), 1.0
+        if own is not None:
+            new["bias_gradient"] = normalize(own, epsilon)
     else:
-        new, one = reference.min_max(mean.ravel(), row.epsilon), 1.0
-    pairs = [(row.variable, np.reshape(new, mean.shape)), (row.one, one)]
-    return [
-        (1 - GAMMA_1) * to_numpy(variable) + GAMMA_2 * value
-        for variable, value in pairs
-        if variable is not None
+        new["activation"] = normalize(h, of_h)
+    return {
+        name: (1 - GAMMA_1) * old[name]
+        + GAMMA_2 * np.reshape(new[name], old[name].shape)
+        for name in old
+    }
+
+
+def assert_state(factors, wanted):
+    for actual, block in zip(state(factors), wanted, strict=True):
+        assert actual.keys() == block.keys()
+        for name, value in block.items():
+            np.testing.assert_allclose(
+                actual[name], value, rtol=1e-5, atol=1e-6, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("normalization", ["mean", "min_max"])
+@pytest.mark.parametrize(("epsilon", "scale"), [(0.0, 1.0), (0.5, 4.0)])
+def test_each_block_is_normalized_on_its_own(
+    rng, normalization, epsilon, scale
+):
+    # Many lengths, shapes and kinds, some of which are the same.
+    blocks = [
+        Map((6, 1), (1, 6)),
+        Map((5,), (2, 3)),
+        Map((2, 3), (6,), bias=False, scale=9),
+        Map((6,), (6,), one=False),
+        Map((4,), (1,)),
+        Map((), ()),
+        Map((1, 1), (1, 4), scale=3),
+        OwnBiasMap((6,), (3,)),
     ]
-
-
-def actual(row, values):
-    return [
-        to_numpy(values[id(variable)])
-        for variable in (row.variable, row.one)
-        if variable is not None
-    ]
-
-
-def assert_close(row, values, wanted):
-    for value, number in zip(actual(row, values), wanted, strict=True):
-        assert value.shape == np.shape(number)
-        np.testing.assert_allclose(value, number, rtol=1e-5, atol=1e-6)
-
-
-def test_each_row_is_normalized_on_its_own(rng):
-    one = {"normalizes_one": True}
-    # Many lengths, shapes and kinds, some of which have the same.
-    rows = [
-        measurement(rng, (6, 1), **one),
-        measurement(rng, (6,), calls=3, **one),
-        measurement(rng, (2, 3), bias=False),
-        measurement(rng, (6,), bias=False, calls=2),
-        measurement(rng, (6,), bias=False, scale=16.0),
-        measurement(rng, (6,), bias=False, epsilon=0.5),
-        measurement(rng, (6,), epsilon=0.5, **one),
-        measurement(rng, (6,)),
-        measurement(rng, (4,)),
-        measurement(rng, ()),
-        measurement(rng, (1, 1), **one),
-        measurement(rng, (1,), calls=2, **one),
-    ]
-    values = take_in([[row] for row, _ in rows], GAMMA_1, GAMMA_2)
-    for row, mean in rows:
-        assert_close(row, values, expected(row, mean))
+    factors = make(blocks, normalization)
+    before = state(factors)
+    answers, means = measure(factors, rng, [1, 3, 2, 1, 1, 2, 1, 2], scale)
+    take_in(factors, answers, scale, epsilon)
+    assert_state(
+        factors,
+        [
+            expected(old, block, mean, normalization, epsilon)
+            for old, block, mean in zip(before, blocks, means, strict=True)
+        ],
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,49 +177,107 @@ def test_each_row_is_normalized_on_its_own(rng):
 )
 @pytest.mark.parametrize("copies", [1, 3])
 def test_the_entry_of_the_bias_takes_part(values, new, new_one, copies):
-    rows = [
-        Measurement(
-            keras.Variable(np.zeros(2, "float32")),
-            tensor(values),
-            tensor(1),
-            tensor(1),
-            one=keras.Variable(np.float32(0.0)),
-            normalizes_one=True,
+    factors = make([Map((2,), (1,)) for _ in range(copies)])
+    answers = {
+        id(curvature.probe): list(
+            map(ops.convert_to_tensor, (1.0, values, [1.0]))
         )
-        for _ in range(copies)
-    ]
-    result = take_in([[row] for row in rows], 0.0, 1.0)
-    for row in rows:
-        assert_close(row, result, [new, new_one])
+        for curvature in factors.curvatures
+    }
+    total = factors.join(answers)
+    factors.vector.assign(factors.taken_in(total, 1.0, 0.0, 0.0, 1.0))
+    before = make([Map((2,), (1,)) for _ in range(copies)])
+    for old, curvature in zip(
+        before.curvatures, factors.curvatures, strict=True
+    ):
+        np.testing.assert_allclose(
+            to_numpy(curvature.activation) - to_numpy(old.activation),
+            new,
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            to_numpy(curvature.one) - to_numpy(old.one), new_one, atol=1e-6
+        )
 
 
+@pytest.mark.parametrize("normalization", ["mean", "min_max"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad):
-    blocks = [
-        [measurement(rng, (3,)), measurement(rng, (5,), bias=False)]
-        for _ in range(3)
-    ]
+def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad, normalization):
+    blocks = [Map((3,), (5,)) for _ in range(3)]
+    factors = make(blocks, normalization)
+    before = state(factors)
+    answers, means = measure(factors, rng, [1, 1, 1])
     # One entry of the second block's second vector.
-    broken = blocks[1][1][0]
-    broken.total = tensor([1.0, 2.0, bad, 3.0, 4.0])
-    values = take_in(
-        [[row for row, _ in block] for block in blocks], GAMMA_1, GAMMA_2
+    broken = answers[id(factors.curvatures[1].probe)]
+    broken[2] = ops.convert_to_tensor(
+        np.array([1.0, 2.0, bad, 3.0, 4.0], "float32")
     )
-    for number, block in enumerate(blocks):
-        for row, mean in block:
-            variables = [v for v in (row.variable, row.one) if v is not None]
-            old = [to_numpy(variable) for variable in variables]
-            wanted = old if number == 1 else expected(row, mean)
-            assert_close(row, values, wanted)
+    take_in(factors, answers)
+    wanted = [
+        expected(old, block, mean, normalization)
+        for old, block, mean in zip(before, blocks, means, strict=True)
+    ]
+    wanted[1] = before[1]
+    assert_state(factors, wanted)
 
 
 def test_unused_blocks_keep_their_factors(rng):
-    unused, _ = measurement(rng, (3,), calls=0)
-    # Not called, but its weight was used in another way: it measured zeros.
-    other, _ = measurement(rng, (3,), calls=0, uses=2)
-    used, mean = measurement(rng, (3,), calls=2)
-    values = take_in([[unused], [other], [used]], GAMMA_1, GAMMA_2)
-    old = [to_numpy(unused.variable), to_numpy(unused.one)]
-    assert_close(unused, values, old)
-    assert_close(other, values, expected(other, np.zeros(3)))
-    assert_close(used, values, expected(used, mean))
+    shared = keras.Variable(np.zeros(1, "float32"))
+    blocks = [
+        Map((3,), (2,), bias=False),
+        # Not called, but its weight was used in the other way of the two: it
+        # measured zeros.
+        Map((3,), (2,), shared, bias=False),
+        Map((3,), (2,), shared, bias=False),
+        # Its layer isn't there in this step.
+        Map((4,), (2,)),
+    ]
+    factors = make(blocks)
+    before = state(factors)
+    answers, means = measure(factors, rng, [0, 0, 2, 1])
+    del answers[id(factors.curvatures[3].probe)]
+    take_in(factors, answers)
+    assert_state(
+        factors,
+        [
+            before[0],
+            expected(before[1], blocks[1], means[1]),
+            expected(before[2], blocks[2], means[2]),
+            before[3],
+        ],
+    )
+
+
+def test_answers_add_up_until_the_last_one(rng):
+    factors = make([Map((3,), (2,)), Map((2,), (4,))], accumulates=True)
+    first, second = (
+        factors.join(measure(factors, rng, [1, 2])[0]) for _ in range(2)
+    )
+    total, rest = factors.add(first, False)
+    np.testing.assert_array_equal(to_numpy(total), to_numpy(first))
+    factors.variables[1].assign(rest)
+    total, rest = factors.add(second, True)
+    np.testing.assert_allclose(
+        to_numpy(total), to_numpy(first) + to_numpy(second), rtol=1e-6
+    )
+    assert not np.any(to_numpy(rest))
+
+
+def test_an_estimate_changes_the_factors_of_its_block_only(rng):
+    weight = keras.Variable(np.zeros((3, 2), "float32"))
+    blocks = [Map((4,), (2,)), Map((3, 1), (1, 2), weight), Map((3,), (2,))]
+    factors = make(blocks, "mean")
+    before = state(factors)
+    h, s = rng.normal(size=(3, 1)), rng.normal(size=(1, 2))
+    gradient = ops.convert_to_tensor((h * s).astype("float32"))
+    curvature = factors.curvatures[1]
+    factors.vector.assign(
+        factors.estimated(curvature, gradient, GAMMA_1, GAMMA_2)
+    )
+    after = expected(before[1], blocks[1], (h**2, s**2), "mean")
+    assert_state(factors, [before[0], after, before[2]])
+    # The gradient of a weight that isn't used.
+    factors.vector.assign(
+        factors.estimated(curvature, gradient * 0, GAMMA_1, GAMMA_2)
+    )
+    assert_state(factors, [before[0], after, before[2]])

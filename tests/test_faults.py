@@ -63,9 +63,9 @@ def network():
 
 def factors(optimizer):
     return [
-        to_numpy(variable)
+        to_numpy(factor)
         for curvature in optimizer._curvatures
-        for variable in curvature.variables
+        for factor in curvature.values()
     ]
 
 
@@ -181,7 +181,7 @@ def test_a_measurement_that_is_not_finite_changes_no_factor(name):
     after = factors(model.optimizer)
     # The first layer's: some kernels make `relu(nan)` 0, and a normalization
     # makes anything small again.
-    count = len(model.optimizer._curvatures[0].variables)
+    count = len(model.optimizer._curvatures[0].values())
     assert_same(after[:count], before[:count])
     assert_sound(model.optimizer)
 
@@ -381,17 +381,17 @@ def test_a_step_that_fails_behind_its_backward_pass_never_was(
 
 def damaged(optimizer):
     """Functions that damage the optimizer's part of a file."""
-    activation = optimizer._curvatures[0].activation
-    index = str([v is activation for v in optimizer.variables].index(True))
+    vector = optimizer._factors.vector
+    index = str([v is vector for v in optimizer.variables].index(True))
 
     def wrong_shape(group):
         del group[index]
         group[index] = np.full((7, 1), 0.25, "float32")
 
-    def transposed(group):
+    def of_another_model(group):
         value = group[index][()]
         del group[index]
-        group[index] = value.T
+        group[index] = value[:-1]
 
     def missing(group):
         del group[index]
@@ -402,7 +402,7 @@ def damaged(optimizer):
     def extra(group):
         group["99"] = np.full((3,), 0.25, "float32")
 
-    return wrong_shape, transposed, missing, renamed, extra
+    return wrong_shape, of_another_model, missing, renamed, extra
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_factors_are_loaded_all_or_not_at_all(number, saved, tmp_path):
     else:
         with pytest.raises(ValueError, match=NOT_EQUAL) as error:
             load_model()
-        assert "activation" in str(error.value)
+        assert "factors" in str(error.value)
 
     # Into a model that is there, and has another state.
     other = trained(adafisher(), steps=1)

@@ -197,22 +197,17 @@ def test_weights_of_the_samples_enter_s():
     plain = compiled(adafisher(**rule))
     plain.train_on_batch(x[:2], y[:2])
 
-    def factors(model, name):
-        (found,) = (
-            to_numpy(v).ravel()
-            for v in model.optimizer.variables
-            if v.path.endswith(f"{model.layers[0].name}_adafisher_{name}")
-        )
-        return found
+    def first(model):
+        return model.optimizer._curvatures[0]
 
     # S up to its scale, which Min–Max normalization removes.
-    s, plain_s = (factors(m, "gradient_factor") for m in (model, plain))
+    s, plain_s = (to_numpy(first(m).gradient) for m in (model, plain))
     np.testing.assert_allclose(s, plain_s, rtol=1e-5)
     # Both start at 1, and keep 0.08 of it. The bias' input is a 1.
     squares = np.append((x**2).mean(axis=0), 1)
     scaled = (squares - squares.min()) / (squares.max() - squares.min())
     np.testing.assert_allclose(
-        factors(model, "activation_factor"),
+        to_numpy(first(model).activation).ravel(),
         0.08 + 0.008 * scaled[:-1],
         rtol=1e-5,
     )
@@ -306,10 +301,7 @@ def test_float64(float64):
     x, y = data()
     actual = fit(model, x.astype("float64"), y, batch_size=BATCH)
     assert {str(w.dtype) for w in weights(model)} == {"float64"}
-    factors = [
-        v for v in model.optimizer.variables if v.path.endswith("_factor")
-    ]
-    assert {v.dtype for v in factors} == {"float32"}
+    assert model.optimizer._factors.vector.dtype == "float32"
     assert all(np.isfinite(array).all() for array in actual)
 
 

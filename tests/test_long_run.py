@@ -74,9 +74,9 @@ def test_training_goes_on_when_the_counter_runs_over(adamw):
 
     def factors():
         return [
-            to_numpy(v)
-            for c in model.optimizer._curvatures
-            for v in c.variables
+            to_numpy(factor)
+            for curvature in model.optimizer._curvatures
+            for factor in curvature.values()
         ]
 
     # With the counter at a large number that is even, there is nothing left of
@@ -139,8 +139,7 @@ def test_twenty_thousand_steps(record_property):
         model.fit(x, y, batch_size=8, verbose=0)
         figures.append((time.perf_counter() - start, resident_mebibytes()))
         for curvature in rule._curvatures:
-            for variable in curvature.variables:
-                factor = to_numpy(variable)
+            for factor in map(to_numpy, curvature.values()):
                 assert np.all(np.isfinite(factor))
                 bounds.append((factor.min(), factor.max()))
 

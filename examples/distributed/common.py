@@ -92,7 +92,7 @@ def report(devices, several, one):
         kind = "weights"
         if path.endswith("_momentum"):
             kind = "momentums"
-        elif path.endswith("_factor"):
+        elif path.endswith("/factors"):
             kind = "Kronecker factors"
         pairs[kind].append((a, b))
     print(f"\n{devices} against one device, same batches:")

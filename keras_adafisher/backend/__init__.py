@@ -10,12 +10,12 @@ from keras import backend as _keras_backend
 from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import cond
+from keras_adafisher.backend.common import constant
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import differentiate
 from keras_adafisher.backend.common import drop_stale_answer
 from keras_adafisher.backend.common import evaluator
 from keras_adafisher.backend.common import gradients_of
-from keras_adafisher.backend.common import groups_of_rows
 from keras_adafisher.backend.common import has_answers
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import is_requested
@@ -34,7 +34,6 @@ from keras_adafisher.backend.common import write_requests
 if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import differentiate
     from keras_adafisher.backend.jax import evaluator
-    from keras_adafisher.backend.jax import groups_of_rows
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
 elif _keras_backend.backend() == "tensorflow":
@@ -48,6 +47,7 @@ elif _keras_backend.backend() == "tensorflow":
 elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
     from keras_adafisher.backend.torch import cond
+    from keras_adafisher.backend.torch import constant
     from keras_adafisher.backend.torch import differentiate
     from keras_adafisher.backend.torch import drop_stale_answer
     from keras_adafisher.backend.torch import gradients_of
@@ -67,12 +67,12 @@ __all__ = [
     "check_same_strategy",
     "close_tap",
     "cond",
+    "constant",
     "creation_scope",
     "differentiate",
     "drop_stale_answer",
     "evaluator",
     "gradients_of",
-    "groups_of_rows",
     "has_answers",
     "in_replica",
     "is_requested",

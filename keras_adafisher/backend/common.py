@@ -1,8 +1,8 @@
 """What a backend does that needs no exception."""
 
-import collections
 import contextlib
 
+import numpy as np
 from keras import ops
 
 
@@ -186,22 +186,14 @@ def keep_layout(tensor, variable):
     return tensor
 
 
-def groups_of_rows(measurements):
-    """Group measurements whose vectors are computed with as one matrix.
-
-    A model has many layers, but its vectors have few lengths, and it is the
-    number of operations that takes time to trace and to run.
+def constant(values, dtype):
+    """What a traced function takes as a constant.
 
     Args:
-        measurements: List of `Measurement`.
-
-    Returns:
-        List of lists, each of measurements of one kind.
+        values: Nested list of numbers.
+        dtype: String.
     """
-    groups = collections.defaultdict(list)
-    for measurement in measurements:
-        groups[measurement.kind].append(measurement)
-    return list(groups.values())
+    return np.array(values, dtype)
 
 
 def cond(pred, true_fn, false_fn):

@@ -70,9 +70,3 @@ def keep_layout(tensor, variable):
         return tensor
     layout = distribution.get_variable_layout(variable)
     return keras.distribution.distribute_tensor(tensor, layout)
-
-
-def groups_of_rows(measurements):
-    # XLA fuses what becomes of one vector into a few loops. Out of a matrix it
-    # would cut the rows one by one, and computes all of them for each.
-    return [[measurement] for measurement in measurements]
