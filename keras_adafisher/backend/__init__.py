@@ -31,6 +31,7 @@ from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
+from keras_adafisher.backend.common import tap
 from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import window_mean
 from keras_adafisher.backend.common import write_requests
@@ -65,6 +66,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
+    from keras_adafisher.backend.torch import tap
     from keras_adafisher.backend.torch import window_mean
     from keras_adafisher.backend.torch import write_requests
     from keras_adafisher.backend.torch_update import Updater
@@ -95,6 +97,7 @@ __all__ = [
     "reshape",
     "step_number",
     "sum_over_replicas",
+    "tap",
     "window_mean",
     "write_requests",
 ]

@@ -204,6 +204,16 @@ def groups_of_rows(measurements):
     return list(groups.values())
 
 
+def tap(z, h, probe, default):
+    """`probe.tap`, once the probe is ready.
+
+    Args:
+        z, h, probe: See there.
+        default: Callable that takes these, the tap by operations of Keras.
+    """
+    return default(z, h, probe)
+
+
 def cond(pred, true_fn, false_fn):
     """`keras.ops.cond`. `pred` is a bool where `is_requested` returns one."""
     return ops.cond(pred, true_fn, false_fn)

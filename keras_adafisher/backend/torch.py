@@ -137,6 +137,35 @@ def cond(pred, true_fn, false_fn):
     return true_fn() if pred else false_fn()
 
 
+def tap(z, h, probe, default):
+    # `torch.compile` doesn't trace a function that is handed a probe.
+    if torch.compiler.is_compiling():
+        return default(z, h, probe)
+    with torch.no_grad():
+        activation = probe.block.activation_statistic(ops.convert_to_tensor(h))
+    return _Tap.apply(z, probe, activation, *probe.inputs)
+
+
+class _Tap(torch.autograd.Function):
+    """The tap without what `ops.custom_gradient` and `ops.cond` make a call.
+
+    It is there only if its answer is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx, z, probe, activation, *inputs):
+        ctx.probe = probe
+        ctx.activation = activation
+        return z
+
+    @staticmethod
+    def backward(ctx, s):
+        drop_stale_answer(ctx.probe)
+        gradient = ctx.probe.block.gradient_statistic(s)
+        calls = torch.ones((), device=gradient.device)
+        return s, None, None, calls, ctx.activation, gradient
+
+
 def write_requests(probes, mask, wanted, bit, assign):
     for probe in probes:
         probe.listening = probe.listening & mask | (bit if wanted else 0)
