@@ -211,7 +211,11 @@ def tap(z, h, probe):
     probe.is_tapped = True
     if not backend.open_tap(probe):
         return z
+    return backend.tap(z, h, probe, _tap)
 
+
+def _tap(z, h, probe):
+    """The tap of a backend without one of its own."""
     request, activation, gradient = map(ops.convert_to_tensor, probe.inputs)
     is_requested = backend.is_requested(request)
     # No backend hands a sparse tensor through a custom gradient. There is no

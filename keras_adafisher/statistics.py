@@ -19,9 +19,7 @@ def mean_square(x, axis):
     Returns:
         Float32 tensor: `x`'s shape without these axes.
     """
-    x = ops.square(ops.cast(x, "float32"))
-    # For PyTorch, no axes are all axes.
-    return x if axis == () else backend.mean(x, axis)
+    return backend.mean_square(x, axis)
 
 
 def channel_mean_square(x, channels_first=False):
@@ -91,7 +89,7 @@ def patch_mean_square(
     """
     if set(kernel_size) == set(strides) == {1}:
         means = channel_mean_square(x, channels_first)
-        return ops.reshape(means, (*kernel_size, -1))
+        return backend.reshape(means, (*kernel_size, -1))
     # The batch first: everything after it works on one small map.
     x = mean_square(x, axis=(0,))
     if channels_first:
@@ -132,20 +130,11 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
         outputs = (size + stride - 1) // stride
         needed = (outputs - 1) * stride + reach + 1 - size
         causal = padding == "causal"
-        before = reach if causal else _at_least_zero(needed) // 2
+        before = reach if causal else backend.at_least_zero(needed) // 2
 
-    index = [slice(None)] * len(x.shape)
-    taps = []
-    for tap in range(kernel_size):
-        start = tap * dilation - before
-        stop = start + (outputs - 1) * stride + 1
-        # What lies in the padding adds nothing.
-        skipped = _at_least_zero(stride - 1 - start) // stride
-        index[axis] = slice(
-            start + skipped * stride, _at_least_zero(stop), stride
-        )
-        taps.append(ops.sum(x[tuple(index)], axis=axis))
-    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
+    return backend.window_mean(
+        x, axis, kernel_size, stride, dilation, before, outputs
+    )
 
 
 def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):
@@ -185,10 +174,6 @@ def transposed_window_mean(x, axis, kernel_size, stride, dilation, extent):
         index[axis] = slice(before, -after or None)
         taps.append(ops.sum(x[tuple(index)], axis=axis))
     return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
-
-
-def _at_least_zero(size):
-    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)
 
 
 def _mean_to_shape(x, shape):

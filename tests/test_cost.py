@@ -158,6 +158,21 @@ def test_one_hot_vectors_are_never_built():
     assert embedding(200) - embedding(100) < 10 * 100
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="The others fuse operations")
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_squares_of_large_activations_are_never_all_there(
+    name, monkeypatch
+):
+    """They would add to the peak of a step."""
+    from keras_adafisher.backend import torch
+
+    shape = (BATCH, 32, 16)
+    monkeypatch.setattr(torch, "_PART_SIZE", {"cpu": 1024})
+    activations, largest, total = count(LAYERS[name](), shape)
+    assert largest <= 1024 < activations / 16
+    assert total <= 2 * activations
+
+
 def compiled_cost(optimizer, *layers):
     """Operations, bytes accessed and temporary bytes of a compiled step."""
     from benchmarks.jax_program import compiled_step

@@ -5,6 +5,7 @@ their calls shows on a CPU what would happen on a GPU.
 """
 
 import keras
+import numpy as np
 import pytest
 import torch
 from models import cnn
@@ -130,6 +131,29 @@ def test_one_operation_per_variable_on_steps_that_do_not_measure():
         growth[make] = counts[1] - counts[0]
     assert growth[keras.optimizers.Adam] == 0
     assert growth[keras_adafisher.AdaFisher] == 2 * 10
+
+
+def test_operations_for_a_layer_on_steps_that_measure():
+    """Each is a call, and takes as long as a small layer's work."""
+
+    def operations(depth, factor_update_steps):
+        model = deep(depth=depth)
+        model.compile(
+            keras_adafisher.AdaFisher(factor_update_steps=factor_update_steps),
+            loss="mse",
+        )
+        for _ in range(3):
+            with CountReads() as counts:
+                model.train_on_batch(np.ones((2, 6)), np.ones((2, 4)))
+        return counts.operations
+
+    measuring, plain = (
+        operations(13, steps) - operations(3, steps) for steps in (1, 100)
+    )
+    # For each of `H` and `S`: squares, their sum, its division. The copy of
+    # `H` for its gradient, the 1. Two gradients of three that are detached.
+    # Then views of `H`: as measured, as answered, old and new.
+    assert (measuring - plain) / 10 <= 18
 
 
 @pytest.mark.parametrize("make_model", [cnn, recurrent])

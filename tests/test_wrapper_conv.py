@@ -100,6 +100,10 @@ def test_channels_first_is_channels_last_moved(rng):
         )
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Uses no operations of Keras. `test_cost` counts",
+)
 def test_no_patch_of_the_input_is_built(rng, monkeypatch):
     """The largest tensor of a statistic is the input itself."""
     block = ConvBlock(

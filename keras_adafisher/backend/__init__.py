@@ -7,10 +7,12 @@ file is imported.
 
 from keras import backend as _keras_backend
 
+from keras_adafisher.backend.common import at_least_zero
 from keras_adafisher.backend.common import check_same_strategy
 from keras_adafisher.backend.common import close_tap
 from keras_adafisher.backend.common import cond
 from keras_adafisher.backend.common import constant
+from keras_adafisher.backend.common import count_ids
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import differentiate
 from keras_adafisher.backend.common import drop_stale_answer
@@ -23,12 +25,15 @@ from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
-from keras_adafisher.backend.common import mean
+from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
+from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
+from keras_adafisher.backend.common import tap
 from keras_adafisher.backend.common import Updater
+from keras_adafisher.backend.common import window_mean
 from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
@@ -48,6 +53,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
     from keras_adafisher.backend.torch import cond
     from keras_adafisher.backend.torch import constant
+    from keras_adafisher.backend.torch import count_ids
     from keras_adafisher.backend.torch import differentiate
     from keras_adafisher.backend.torch import drop_stale_answer
     from keras_adafisher.backend.torch import gradients_of
@@ -55,19 +61,24 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import is_requested
     from keras_adafisher.backend.torch import keep_random_state
     from keras_adafisher.backend.torch import make_inputs
-    from keras_adafisher.backend.torch import mean
+    from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import open_tap
+    from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
+    from keras_adafisher.backend.torch import tap
+    from keras_adafisher.backend.torch import window_mean
     from keras_adafisher.backend.torch import write_requests
     from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
     "Updater",
+    "at_least_zero",
     "check_same_strategy",
     "close_tap",
     "cond",
     "constant",
+    "count_ids",
     "creation_scope",
     "differentiate",
     "drop_stale_answer",
@@ -80,10 +91,13 @@ __all__ = [
     "keep_random_state",
     "layout_like",
     "make_inputs",
-    "mean",
+    "mean_square",
     "open_tap",
     "pointwise_conv",
+    "reshape",
     "step_number",
     "sum_over_replicas",
+    "tap",
+    "window_mean",
     "write_requests",
 ]

@@ -196,14 +196,25 @@ def constant(values, dtype):
     return np.array(values, dtype)
 
 
+def tap(z, h, probe, default):
+    """`probe.tap`, once the probe is ready.
+
+    Args:
+        z, h, probe: See there.
+        default: Callable that takes these, the tap by operations of Keras.
+    """
+    return default(z, h, probe)
+
+
 def cond(pred, true_fn, false_fn):
     """`keras.ops.cond`. `pred` is a bool where `is_requested` returns one."""
     return ops.cond(pred, true_fn, false_fn)
 
 
-def mean(x, axis):
-    """`keras.ops.mean` over a tuple of axes."""
-    return ops.mean(x, axis=axis)
+def mean_square(x, axis):
+    """`statistics.mean_square`."""
+    x = ops.square(ops.cast(x, "float32"))
+    return ops.mean(x, axis=axis) if axis else x
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):
@@ -224,3 +235,54 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
     return ops.conv(
         x, kernel, data_format=data_format, dilation_rate=dilation_rate
     )
+
+
+def reshape(x, shape):
+    """`keras.ops.reshape`, of what isn't symbolic."""
+    return ops.reshape(x, shape)
+
+
+def count_ids(ids, size):
+    """How often each id from 0 to `size - 1` occurs. Others don't count.
+
+    Args:
+        ids: Tensor of integers, of one axis.
+        size: Int.
+
+    Returns:
+        Float32 tensor of shape `(size,)`.
+    """
+    # Backends differ in what they do with an id that is out of range.
+    is_valid = ops.logical_and(ids >= 0, ids < size)
+    return ops.segment_sum(
+        ops.cast(is_valid, "float32"),
+        ops.where(is_valid, ids, ops.zeros_like(ids)),
+        num_segments=size,
+    )
+
+
+def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
+    """`statistics.window_mean`.
+
+    Args:
+        x, axis, kernel_size, stride, dilation: See there.
+        before: Int, the padding in front of `x`.
+        outputs: Int, the number of output positions.
+    """
+    index = [slice(None)] * len(x.shape)
+    taps = []
+    for tap in range(kernel_size):
+        start = tap * dilation - before
+        stop = start + (outputs - 1) * stride + 1
+        # What lies in the padding adds nothing.
+        skipped = at_least_zero(stride - 1 - start) // stride
+        index[axis] = slice(
+            start + skipped * stride, at_least_zero(stop), stride
+        )
+        taps.append(ops.sum(x[tuple(index)], axis=axis))
+    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
+
+
+def at_least_zero(size):
+    """The larger of a size, which may be a tensor, and 0."""
+    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)

@@ -10,9 +10,15 @@ tap takes needn't be parameters. A wrapped module has the `parameters()` and the
 `DistributedDataParallel` see nothing of a probe.
 """
 
+import math
+
 import torch
 from keras import ops
 from torch.nn.parallel import DistributedDataParallel
+
+# Entries whose squares are in memory at a time.
+_PART_SIZE = {"cpu": 2**16}
+_OTHER_PART_SIZE = 2**24
 
 
 def make_inputs(parameter, add_variable, shapes):
@@ -62,6 +68,8 @@ def drop_stale_answer(probe):
     # probe. But if it has cleared those of the parameters, for instance after
     # a step that was skipped, then what an earlier backward pass has left here
     # is outdated too.
+    if probe.inputs[0].grad is None:
+        return
     if all(p.value.grad is None for p in probe.block.parameters):
         _clear(probe)
 
@@ -134,6 +142,35 @@ def cond(pred, true_fn, false_fn):
     return true_fn() if pred else false_fn()
 
 
+def tap(z, h, probe, default):
+    # `torch.compile` doesn't trace a function that is handed a probe.
+    if torch.compiler.is_compiling():
+        return default(z, h, probe)
+    with torch.no_grad():
+        activation = probe.block.activation_statistic(ops.convert_to_tensor(h))
+    return _Tap.apply(z, probe, activation, *probe.inputs)
+
+
+class _Tap(torch.autograd.Function):
+    """The tap without what `ops.custom_gradient` and `ops.cond` make a call.
+
+    It is there only if its answer is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx, z, probe, activation, *inputs):
+        ctx.probe = probe
+        ctx.activation = activation
+        return z
+
+    @staticmethod
+    def backward(ctx, s):
+        drop_stale_answer(ctx.probe)
+        gradient = ctx.probe.block.gradient_statistic(s)
+        calls = torch.ones((), device=gradient.device)
+        return s, None, None, calls, ctx.activation, gradient
+
+
 def write_requests(probes, mask, wanted, bit, assign):
     for probe in probes:
         probe.listening = probe.listening & mask | (bit if wanted else 0)
@@ -143,11 +180,65 @@ def step_number(iterations):
     return int(iterations.value)
 
 
-def mean(x, axis):
+def mean_square(x, axis):
     # What Keras hands on from a convolution is channels-last by its strides
     # only. PyTorch writes a result in the order of its axes and then reads the
     # input against its order in memory, which takes ten times as long.
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     kept = [a for a in order if a not in axis]
-    x = torch.mean(x.permute(order), [order.index(a) for a in axis])
+    axis = [a for a in range(x.ndim) if order[a] in axis]
+    if order != sorted(order):
+        x = x.permute(order)
+    x = _mean_square(x, axis)
+    if kept == sorted(kept):
+        return x
     return x.permute([kept.index(a) for a in sorted(kept)])
+
+
+def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
+    # All taps in one view.
+    reach = (outputs - 1) * stride + 1
+    after = (kernel_size - 1) * dilation + reach - before - x.shape[axis]
+    if before or after:
+        # The last axis comes first. What is negative is cut off.
+        x = torch.nn.functional.pad(
+            x, [0, 0] * (x.ndim - 1 - axis) + [before, after]
+        )
+    x = x.unfold(axis, reach, dilation)
+    return (x if stride == 1 else x[..., ::stride]).mean(-1)
+
+
+def _mean_square(x, axis):
+    # For PyTorch, no axes are all axes.
+    if not axis:
+        return _squares(x)
+    # Squares of a part only are in memory at any time, on a CPU in its cache:
+    # the largest activations are those that are there at the peak of a step.
+    limit = _PART_SIZE.get(x.device.type, _OTHER_PART_SIZE)
+    parts = [x]
+    if x.numel() > limit:
+        rows = max(limit * x.shape[axis[0]] // x.numel(), 1)
+        parts = x.split(rows, axis[0])
+    total = _squares(parts[0]).sum(axis)
+    for part in parts[1:]:
+        total += _squares(part).sum(axis)
+    return total.div_(math.prod(x.shape[a] for a in axis))
+
+
+def _squares(x):
+    x = x.float()
+    return x * x
+
+
+def count_ids(ids, size):
+    # `torch.bincount` waits for the device. The first and last are for others.
+    counts = torch.zeros(size + 2, device=ids.device)
+    ids = (ids.long() + 1).clamp_(0, size + 1)
+    return counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))[
+        1:-1
+    ]
+
+
+def reshape(x, shape):
+    # Keras' own takes ten times as long.
+    return x if x.shape == shape else x.reshape(shape)

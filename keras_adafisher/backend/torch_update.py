@@ -58,18 +58,13 @@ class Updater:
             step = 2**31
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
-        if self.nesterov:
-            momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)
-            step_of_momentum = step + 1
-        else:
-            step_of_momentum = step
-        size = 1 / (1 - self.beta**step_of_momentum)
+        size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
         if is_factored:
             denominators = [self._undamped_fisher(index) for index in indices]
             torch._foreach_add_(denominators, self.damping)
             if self.rms_decay is not None:
                 roots = self._root_mean_squares(
-                    indices, torch._foreach_div(gradients, denominators)
+                    indices, gradients, denominators
                 )
                 torch._foreach_mul_(denominators, roots)
                 size *= (1 - self.rms_decay**step) ** 0.5
@@ -94,19 +89,37 @@ class Updater:
                     values[0].device, dtype
                 ),
             )
-        torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
+        if not self.nesterov:
+            torch._foreach_addcdiv_(
+                values, momentums, denominators, value=-size
+            )
+            return
+        for value, momentum, gradient, denominator in _parts(
+            values, momentums, gradients, denominators
+        ):
+            # The momentum as the next step would have it.
+            ahead = torch._foreach_lerp(momentum, gradient, 1 - self.beta)
+            torch._foreach_addcdiv_(value, ahead, denominator, value=-size)
 
-    def _root_mean_squares(self, indices, steps):
-        """Take steps into their running mean squares, and get the roots."""
+    def _root_mean_squares(self, indices, gradients, denominators):
+        """Take quotients into their running mean squares, and get the roots."""
         velocities = [self._velocities[index].value for index in indices]
         # In single precision at least.
-        dtype = torch.promote_types(steps[0].dtype, torch.float32)
-        norms = torch._foreach_norm(steps, dtype=dtype)
-        torch._foreach_div_(norms, [x.numel() ** 0.5 for x in steps])
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        parts = [
+            torch._foreach_norm(torch._foreach_div(*part), dtype=dtype)
+            for part in _parts(gradients, denominators)
+        ]
+        norms = parts[0]
+        if len(parts) > 1:
+            norms = torch.stack([norm for (norm,) in parts])
+            norms = [torch.linalg.vector_norm(norms)]
+        torch._foreach_div_(norms, [x.numel() ** 0.5 for x in gradients])
         squares = torch.stack(norms).square().to(torch.float32)
         old = torch.stack(velocities)
         new = old.lerp(squares, 1 - self.rms_decay)
-        new = torch.where(squares.isfinite(), new, old)
+        # Finite: `isfinite` is four operations.
+        new = torch.where(squares < torch.inf, new, old)
         torch._foreach_copy_(velocities, new.unbind())
         return (new.sqrt() + self.adam_epsilon).unbind()
 
@@ -140,7 +153,8 @@ def _batches(group, device):
     """Cut a list into lists of indices, values and gradients."""
     limit = _BATCH_SIZE.get(device.type, _OTHER_BATCH_SIZE)
     batch, total = [], 0
-    for entry in group:
+    # So that all small ones are in one.
+    for entry in sorted(group, key=lambda entry: entry[1].numel()):
         size = entry[1].numel()
         if batch and total + size > limit:
             yield zip(*batch, strict=True)
@@ -148,6 +162,28 @@ def _batches(group, device):
         batch.append(entry)
         total += size
     yield zip(*batch, strict=True)
+
+
+def _parts(*lists):
+    """Cut what one large variable needs, so that quotients take little memory.
+
+    Args:
+        *lists: Lists of tensors. Those of a batch fit each other.
+
+    Returns:
+        List of tuples like `lists`.
+    """
+    first = lists[0][0]
+    limit = _BATCH_SIZE.get(first.device.type, _OTHER_BATCH_SIZE)
+    is_cut = first.numel() > limit and all(
+        tensors[0].shape == first.shape for tensors in lists
+    )
+    # A large variable is the only one of its batch.
+    if len(lists[0]) > 1 or not is_cut:
+        return [lists]
+    rows = max(limit * len(first) // first.numel(), 1)
+    parts = ([[part] for part in each[0].split(rows)] for each in lists)
+    return list(zip(*parts, strict=True))
 
 
 def _can_be_read(learning_rate):

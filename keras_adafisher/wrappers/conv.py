@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
 from keras_adafisher.statistics import rank_one_factors
@@ -74,9 +75,11 @@ class ConvBlock(Block):
             self.padding,
             self.channels_first,
         )
-        # Channels are ordered by group.
         group_size, groups = self.activation_shape[-2:]
-        h = ops.reshape(h, (*self.kernel_size, groups, group_size))
+        if groups == 1:
+            return backend.reshape(h, self.activation_shape)
+        # Channels are ordered by group.
+        h = backend.reshape(h, (*self.kernel_size, groups, group_size))
         return ops.swapaxes(h, -1, -2)
 
     def gradient_statistic(self, s):
@@ -86,13 +89,13 @@ class ConvBlock(Block):
         # Filters are ordered by group as well.
         groups = self.groups
         activation, gradient = rank_one_factors(
-            ops.reshape(gradient, (*self.activation_shape, -1)),
+            backend.reshape(gradient, (*self.activation_shape, -1)),
             (*self.activation_shape, 1),
             (groups, self.filters // groups),
         )
         return (
-            ops.reshape(activation, self.activation_shape),
-            ops.reshape(gradient, self.gradient_shape),
+            backend.reshape(activation, self.activation_shape),
+            backend.reshape(gradient, self.gradient_shape),
         )
 
     def fisher_of_weight(self, activation, gradient):

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.statistics import transposed_window_mean
@@ -72,10 +73,10 @@ class ConvTransposeBlock(Block):
 
     def gradient_statistic(self, s):
         s = channel_mean_square(s, self.channels_first)
-        return ops.reshape(s, self.gradient_shape)
+        return backend.reshape(s, self.gradient_shape)
 
     def fisher_of_bias(self, one, gradient):
-        return one * ops.reshape(gradient, (-1,))
+        return one * backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.Conv1DTranspose)

@@ -1,8 +1,8 @@
 """Dense layers."""
 
 import keras
-from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
@@ -31,7 +31,7 @@ class DenseBlock(Block):
 
     def activation_statistic(self, h):
         h = mean_square(h, axis=tuple(range(len(h.shape) - 1)))
-        return ops.reshape(h, self.activation_shape)
+        return backend.reshape(h, self.activation_shape)
 
     def gradient_statistic(self, s):
         return mean_square(s, axis=tuple(range(len(s.shape) - 1)))

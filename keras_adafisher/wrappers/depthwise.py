@@ -59,10 +59,10 @@ class DepthwiseConvBlock(Block):
 
     def gradient_statistic(self, s):
         s = channel_mean_square(s, self.channels_first)
-        return ops.reshape(s, self.gradient_shape)
+        return backend.reshape(s, self.gradient_shape)
 
     def fisher_of_bias(self, one, gradient):
-        return one * ops.reshape(gradient, (-1,))
+        return one * backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.DepthwiseConv1D)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
@@ -91,7 +92,7 @@ class EinsumBlock(Block):
             h = ops.einsum(self.reduction, ops.cast(h, "float32"))
         h = self._mean_square(h, self.input_labels, self.h_labels)
         h = _permute(h, self.h_labels, self.kernel_h_labels)
-        return ops.reshape(h, self.activation_shape)
+        return backend.reshape(h, self.activation_shape)
 
     def gradient_statistic(self, s):
         return self._mean_square(s, self.output_labels, self.measured_labels)
@@ -99,17 +100,17 @@ class EinsumBlock(Block):
     def split_gradient(self, statistic):
         gradient = _mean(statistic, self.measured_labels, self.s_labels)
         gradient = _permute(gradient, self.s_labels, self.kernel_s_labels)
-        gradient = ops.reshape(gradient, self.gradient_shape)
+        gradient = backend.reshape(gradient, self.gradient_shape)
         if self.bias_gradient_shape is None:
             return gradient, None
         bias_gradient = _mean(statistic, self.measured_labels, self.bias_labels)
-        return gradient, ops.reshape(bias_gradient, self.bias_shape)
+        return gradient, backend.reshape(bias_gradient, self.bias_shape)
 
     def fisher_of_bias(self, one, gradient):
         if self.bias_gradient_shape is None:
-            gradient = ops.reshape(gradient, self.s_sizes)
+            gradient = backend.reshape(gradient, self.s_sizes)
             gradient = _permute(gradient, self.kernel_s_labels, self.s_labels)
-            gradient = ops.reshape(gradient, self.bias_shape)
+            gradient = backend.reshape(gradient, self.bias_shape)
         return one * gradient
 
     def _mean_square(self, x, labels, kept):

@@ -8,6 +8,7 @@ from keras import ops
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import OutputWrapper
@@ -46,21 +47,15 @@ class EmbeddingBlock(Block):
 
     def activation_statistic(self, h):
         inputs = self.activation_shape[0]
-        ids = ops.reshape(h, (-1,))
+        ids = backend.reshape(h, (-1,))
         # What `Embedding.call` and `ops.take` make of them: negative ids
         # count from the end.
         if keras.backend.standardize_dtype(ids.dtype) not in _INTEGERS:
             ids = ops.cast(ids, "int32")
         ids = ops.where(ids < 0, ids + inputs, ids)
-        # Backends differ in what they do with an id that is out of range.
-        is_valid = ops.logical_and(ids >= 0, ids < inputs)
-        counts = ops.segment_sum(
-            ops.cast(is_valid, "float32"),
-            ops.where(is_valid, ids, ops.zeros_like(ids)),
-            num_segments=inputs,
-        )
+        counts = backend.count_ids(ids, inputs)
         frequencies = counts / ops.cast(ops.shape(ids)[0], "float32")
-        return ops.reshape(frequencies, self.activation_shape)
+        return backend.reshape(frequencies, self.activation_shape)
 
     def gradient_statistic(self, s):
         return mean_square(s, axis=tuple(range(len(s.shape) - 1)))
@@ -87,11 +82,11 @@ class ReverseEmbeddingBlock(Block):
 
     def activation_statistic(self, h):
         h = mean_square(h, axis=tuple(range(len(h.shape) - 1)))
-        return ops.reshape(h, self.activation_shape)
+        return backend.reshape(h, self.activation_shape)
 
     def gradient_statistic(self, s):
         s = mean_square(s, axis=tuple(range(len(s.shape) - 1)))
-        return ops.reshape(s, self.gradient_shape)
+        return backend.reshape(s, self.gradient_shape)
 
 
 @register_wrapper(keras.layers.Embedding)

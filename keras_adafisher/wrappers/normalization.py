@@ -1,8 +1,8 @@
 """Normalization layers: their scale and shift."""
 
 import keras
-from keras import ops
 
+from keras_adafisher import backend
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.block import Block
@@ -41,7 +41,8 @@ class ScaleBlock(Block):
         rank = len(x.shape)
         kept = {axis % rank for axis in self.axis}
         others = tuple(axis for axis in range(rank) if axis not in kept)
-        return ops.reshape(mean_square(x, axis=others), self.activation_shape)
+        x = mean_square(x, axis=others)
+        return backend.reshape(x, self.activation_shape)
 
 
 class NormalizationWrapper(OutputWrapper):
