@@ -4,10 +4,12 @@ PYTHON ?= python3
 BACKEND ?= jax
 BACKENDS := jax tensorflow torch
 VENV := .venv
+CONSTRAINTS := constraints.txt
+TEST_EXTRA := test
 BIN := $(VENV)/bin
 # Two processes per backend, one after the other: `PYTEST_ARGS=` for one.
 PYTEST_ARGS ?= --numprocesses 2
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -15,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-models test-long mutations bench bench-quick quality \
+.PHONY: demo test test-oldest test-models test-long mutations bench bench-quick quality \
   quality-quick docs dist docs-analysis docs-coverage docs-compatibility \
   docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS))
@@ -30,6 +32,12 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
 	@echo "== Tests with the $* backend"
 	@KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
 	  || { echo "== FAILED with the $* backend"; exit 1; }
+
+# The suite with the oldest versions that pyproject.toml allows, in .venv-oldest.
+# There is no keras_hub for TensorFlow 2.18, and the tests that need it say so.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+	  TEST_EXTRA=test-without-hub
 
 # Also the models that take some backend minutes to compile.
 test-models: $(VENV)/.test
@@ -126,28 +134,28 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) site dist
+	rm -rf $(VENV) .venv-oldest site dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo-%: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo-%: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --editable ".[$*,examples]"
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP_INSTALL) --editable ".[tensorflow,jax,torch,test]"
+$(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(PIP_INSTALL) --editable ".[tensorflow,jax,torch,$(TEST_EXTRA)]"
 	@touch $@
 
-$(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.lint: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) "ruff>=0.17"
 	@touch $@
 
 # Without a backend: the docstrings are read, not imported.
-$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.docs: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	$(PIP_INSTALL) --editable ".[docs]"
 	@touch $@
 
-$(VENV)/.dist: $(BIN)/python constraints.txt
+$(VENV)/.dist: $(BIN)/python $(CONSTRAINTS)
 	$(PIP_INSTALL) build twine
 	@touch $@

@@ -151,17 +151,11 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
             model doesn't have, that has no full factors, or that isn't called
             for this `x`.
     """
-    everything = plain_layers("kronecker_factors", model)
+    everything = plain_layers("kronecker_factors", model, "model")
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' has not yet been built. Build it first "
             "by calling `build()` or by calling the model on a batch of data."
-        )
-    if loss is None and not getattr(model, "compiled", False):
-        raise ValueError(
-            "Argument `loss` must be given for a model that isn't compiled. "
-            f"Received: loss=None, and a model '{model.name}' without "
-            "`compile()`"
         )
     compute_loss = _loss_function(model, loss)
     chosen = _chosen_layers(everything, layers)
@@ -247,8 +241,8 @@ def spectrum(factor, noise=0.0, seed=None):
         `Spectrum`.
 
     Raises:
-        ValueError: `factor` is no finite symmetric matrix, or `noise` is
-            negative.
+        ValueError: `factor` is no finite symmetric matrix, `noise` is
+            negative, or `seed` is no seed.
     """
     factor = _symmetric(factor)
     if (
@@ -259,7 +253,14 @@ def spectrum(factor, noise=0.0, seed=None):
         raise ValueError(
             f"Argument `noise` must be a float >= 0. Received: noise={noise}"
         )
-    perturbation = np.random.default_rng(seed).normal(size=factor.shape)
+    try:
+        rng = np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Argument `seed` must be an integer >= 0 or `None`. "
+            f"Received: seed={seed}"
+        ) from error
+    perturbation = rng.normal(size=factor.shape)
     perturbation = np.triu(perturbation, 1)
     perturbation += perturbation.T
     scale = noise * np.mean(np.diag(factor))
@@ -309,9 +310,15 @@ def diagonal_energy_table(factors):
         share of the squared norm that is on the diagonal (`diagonal_energy`),
         and the share of rows in which the diagonal outweighs the rest
         (`GershgorinDisks.dominated_share`).
+
+    Raises:
+        TypeError: `factors` is anything else.
     """
     import rich.table
 
+    factors = list(factors) if np.iterable(factors) else [factors]
+    for one in factors:
+        check_kronecker_factors("factors", one)
     table = rich.table.Table()
     table.add_column("Weight", overflow="fold")
     for name in ("H", "S"):
@@ -604,7 +611,8 @@ def _chosen_layers(everything, layers):
     """What `_full_wrappers` takes, for the argument `layers`."""
     if layers is None:
         return [(everything, None)]
-    if isinstance(layers, (str, keras.layers.Layer)):
+    is_one = isinstance(layers, (str, keras.layers.Layer))
+    if is_one or not np.iterable(layers):
         layers = [layers]
     chosen = []
     for choice in layers:
@@ -651,6 +659,12 @@ def _loss_function(model, loss):
     """
     if loss is not None:
         loss = keras.losses.get(loss)
+    elif not getattr(model, "compiled", False):
+        raise ValueError(
+            "Argument `loss` must be given for a model that isn't compiled. "
+            f"Received: loss=None, and a model '{model.name}' without "
+            "`compile()`"
+        )
     # As in `fit`: not every `call` takes `training`.
     parameters = inspect.signature(model.call).parameters
     arguments = {"training": True} if "training" in parameters else {}
@@ -712,8 +726,23 @@ def _result(path, block, answer, calls):
     )
 
 
+def check_kronecker_factors(argument, value):
+    """Raise a `TypeError` if an argument is no `KroneckerFactors`."""
+    if not isinstance(value, KroneckerFactors):
+        raise TypeError(
+            f"Argument `{argument}` must be what `kronecker_factors` returned, "
+            f"`KroneckerFactors`. Received: {value} (of type {type(value)})"
+        )
+
+
 def _matrix(factor):
-    matrix = np.asarray(factor, "float64")
+    try:
+        matrix = np.asarray(factor, "float64")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Argument `factor` must be a matrix of numbers. "
+            f"Received: factor={factor}"
+        ) from error
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(
             "Argument `factor` must be a square matrix: `activation` or "

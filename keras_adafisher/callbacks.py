@@ -73,7 +73,7 @@ class DistributionHistory(keras.callbacks.Callback):
         log_dir: Path of a TensorBoard directory, or `None`.
 
     Raises:
-        ValueError: `every` is neither.
+        ValueError: `every` is neither, or `csv_path` or `log_dir` no path.
         ImportError: There is a `log_dir`, but no TensorBoard.
     """
 
@@ -87,6 +87,8 @@ class DistributionHistory(keras.callbacks.Callback):
                 'Argument `every` must be "epoch" or an integer >= 1. '
                 f"Received: every={every}"
             )
+        _check_path("csv_path", csv_path)
+        _check_path("log_dir", log_dir)
         self.every = every
         self.records = []
         # Keras otherwise waits for each step's result, for a callback that
@@ -139,10 +141,11 @@ class DistributionHistory(keras.callbacks.Callback):
             ValueError: There are none.
         """
         path = getattr(parameter, "path", parameter)
+        wanted = str(path), str(quantity)
         found = [
             record
             for record in self.records
-            if (record.parameter, record.quantity) == (path, quantity)
+            if (record.parameter, record.quantity) == wanted
         ]
         if not found:
             known = sorted({(r.parameter, r.quantity) for r in self.records})
@@ -249,7 +252,8 @@ class FisherHistory(DistributionHistory):
             the package tensorboard. Defaults to `None`.
 
     Raises:
-        ValueError: `every` is neither; `csv_path` is a file that something
+        ValueError: `every` is neither; `csv_path` or `log_dir` is no path;
+            `csv_path` is a file that something
             else has written; or, when training starts, the model's optimizer
             is no `AdaFisher` and contains none.
         ImportError: There is a `log_dir`, but no TensorBoard.
@@ -339,13 +343,7 @@ class _CSVFile:
         Args:
             step: Int. Rows of later steps are removed.
         """
-        rows = self._rows()
-        kept = [
-            row
-            for row in rows
-            # The last one may be cut off.
-            if len(row) == len(_COLUMNS) and int(row[1]) <= step
-        ]
+        kept = [row for row in self._rows() if int(row[1]) <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # In one go: there is always a whole file.
         new = self.path.with_name(f"{self.path.name}.new")
@@ -360,8 +358,10 @@ class _CSVFile:
     def _rows(self):
         if not self.path.exists() or not self.path.stat().st_size:
             return []
-        with self.path.open(newline="") as file:
-            header, *rows = csv.reader(file)
+        # What has no end was cut off while it was written.
+        with self.path.open(newline="", errors="replace") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        header, *rows = csv.reader(lines or [""])
         if header != _COLUMNS:
             raise ValueError(
                 "Argument `csv_path` must be a file that this callback has "
@@ -423,6 +423,14 @@ class _TensorBoard:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _check_path(name, value):
+    if value is not None and not isinstance(value, (str, pathlib.PurePath)):
+        raise ValueError(
+            f"Argument `{name}` must be a path, a string or a `pathlib.Path`. "
+            f"Received: {name}={value}"
+        )
 
 
 def _factors(optimizer):

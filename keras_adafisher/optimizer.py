@@ -8,6 +8,7 @@ The update of a weight, in one line:
 wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
+import math
 import numbers
 import warnings
 
@@ -163,7 +164,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         **kwargs,
     ):
         if isinstance(learning_rate, float) and not (
-            0 <= learning_rate < float("inf")
+            0 <= learning_rate < math.inf
         ):
             raise ValueError(
                 "Argument `learning_rate` must be a float >= 0. "
@@ -172,8 +173,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         _check_decay_rate("beta", beta)
         _check_decay_rate("gamma_1", gamma_1)
         _check_decay_rate("gamma_2", gamma_2)
-        if rms_decay is not None:
-            _check_decay_rate("rms_decay", rms_decay)
+        _check_decay_rate("rms_decay", rms_decay, optional=True)
         if normalization not in ("mean", "min_max"):
             raise ValueError(
                 'Argument `normalization` must be "mean" or "min_max". '
@@ -202,10 +202,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             ("clipvalue", clipvalue),
             ("global_clipnorm", global_clipnorm),
         ):
-            if value is not None:
-                _check_not_negative(what, value)
-        if loss_scale_factor is not None:
-            _check_positive("loss_scale_factor", loss_scale_factor)
+            _check_not_negative(what, value, optional=True)
+        _check_positive("loss_scale_factor", loss_scale_factor, optional=True)
         if gradient_accumulation_steps is not None and (
             not _is_integer(gradient_accumulation_steps)
             or gradient_accumulation_steps < 2
@@ -349,6 +347,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             trainable_variables: list of the variables that the gradients
                 belong to. Defaults to the list that the optimizer was built
                 with.
+
+        Raises:
+            ValueError: There aren't as many gradients as variables.
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
@@ -360,6 +361,12 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             # Nothing to do, or Keras' own error.
             super().apply(grads, trainable_variables)
             return
+        if len(grads) != len(trainable_variables):
+            raise ValueError(
+                "Argument `grads` of `apply` must have one gradient for each "
+                f"of the {len(trainable_variables)} variables. "
+                f"Received: {len(grads)} gradients"
+            )
 
         # Keras' part of the work (clipping, weight decay, accumulation,
         # averages, all-reduce) never sees a probe.
@@ -580,13 +587,14 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def _check_state(self, values):
         """Raise a `ValueError` if not all values fit their variables."""
         for variable, value in zip(self.variables, values, strict=True):
-            shape = None if value is None else tuple(value.shape)
+            # A number is no array.
+            shape = tuple(value.shape) if hasattr(value, "shape") else None
             if shape != tuple(variable.shape):
                 raise ValueError(
                     f"The state of optimizer '{self.name}' doesn't fit, and "
                     f"nothing of it was loaded: variable '{variable.path}' "
                     f"has shape {tuple(variable.shape)}. Received: "
-                    f"{'no value' if shape is None else f'shape {shape}'}. "
+                    f"{'no array' if shape is None else f'shape {shape}'}. "
                     "Load it with the model and the optimizer's arguments "
                     "that it was saved with, or load the model alone, for "
                     "instance by `load_model(path, compile=False)`."
@@ -757,6 +765,8 @@ class AdaFisherW(AdaFisher):
         name=None,
         **kwargs,
     ):
+        # Not `None`, which `AdaFisher` takes.
+        _check_not_negative("weight_decay", weight_decay)
         super().__init__(
             learning_rate=learning_rate,
             beta=beta,
@@ -782,11 +792,6 @@ class AdaFisherW(AdaFisher):
             name=name,
             **kwargs,
         )
-        if self.weight_decay is None:
-            raise ValueError(
-                "Argument `weight_decay` must be a float. "
-                "Received: weight_decay=None"
-            )
 
 
 # `keras.optimizers.get("adafisher")` looks names up as they are written.
@@ -844,23 +849,25 @@ def _is_integer(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check_positive(name, value):
-    if not _is_number(value) or not 0 < value < float("inf"):
+def _check_positive(name, value, optional=False):
+    _check(name, value, "a float > 0", lambda x: 0 < x < math.inf, optional)
+
+
+def _check_not_negative(name, value, optional=False):
+    _check(name, value, "a float >= 0", lambda x: 0 <= x < math.inf, optional)
+
+
+def _check_decay_rate(name, value, optional=False):
+    allowed = "a float in the range [0, 1)"
+    _check(name, value, allowed, lambda x: 0 <= x < 1, optional)
+
+
+def _check(name, value, allowed, is_allowed, optional):
+    if optional:
+        allowed += ", or `None`"
+        if value is None:
+            return
+    if not _is_number(value) or not is_allowed(value):
         raise ValueError(
-            f"Argument `{name}` must be a float > 0. Received: {name}={value}"
-        )
-
-
-def _check_decay_rate(name, value):
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(
-            f"Argument `{name}` must be a float in the range [0, 1). "
-            f"Received: {name}={value}"
-        )
-
-
-def _check_not_negative(name, value):
-    if not _is_number(value) or not 0 <= value < float("inf"):
-        raise ValueError(
-            f"Argument `{name}` must be a float >= 0. Received: {name}={value}"
+            f"Argument `{name}` must be {allowed}. Received: {name}={value}"
         )

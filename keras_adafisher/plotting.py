@@ -9,6 +9,7 @@ colour-blind readers can tell apart; lines differ in style too, for print.
 """
 
 import itertools
+import numbers
 
 import keras
 import numpy as np
@@ -16,7 +17,9 @@ from keras import ops
 
 import keras_adafisher
 from keras_adafisher import analysis
+from keras_adafisher.callbacks import DistributionHistory
 from keras_adafisher.callbacks import QUANTILES
+from keras_adafisher.wrap import plain_layers
 
 try:
     import matplotlib
@@ -70,12 +73,20 @@ def plot_histograms(*histories, parameter, quantity=None):
         `matplotlib.figure.Figure`.
 
     Raises:
+        TypeError: A history is none.
         ValueError: A history has no such records, or there is no history.
     """
     if not histories:
         raise ValueError(
             "`plot_histograms` needs at least one history. Received: none"
         )
+    for history in histories:
+        if not isinstance(history, DistributionHistory):
+            raise TypeError(
+                "Arguments `histories` must be `FisherHistory` or "
+                "`SecondMomentHistory` callbacks. "
+                f"Received: {history} (of type {type(history)})"
+            )
     figure, panels = _panels(1, len(histories))
     for history, axes in zip(histories, panels, strict=True):
         name = quantity
@@ -264,7 +275,11 @@ def plot_factors(factors):
         `matplotlib.figure.Figure` with `H` and `S` in the upper row, on a
         scale that is linear near 0 and logarithmic beyond, and the logarithm
         of their Fourier spectra's magnitude below.
+
+    Raises:
+        TypeError: `factors` is anything else.
     """
+    analysis.check_kronecker_factors("factors", factors)
     figure, panels = _panels(2, 2, height=7.5)
     matrices = {"H": factors.activation, "S": factors.gradient}
     for column, (name, matrix) in enumerate(matrices.items()):
@@ -345,13 +360,21 @@ def loss_surface_trajectories(
         loss over the steps.
 
     Raises:
-        ValueError: `start` isn't a pair, or `optimizers` is empty.
+        ValueError: `function` can't be called, `start` isn't a pair,
+            `optimizers` is empty, or `steps`, `limits` or `resolution` is out
+            of its range.
     """
-    if np.shape(start) != (2,):
+    if not callable(function):
         raise ValueError(
-            "Argument `start` must be a pair of numbers. "
-            f"Received: start={start}"
+            "Argument `function` must be a callable `(x, y)`. "
+            f"Received: function={function}"
         )
+    _check_numbers("start", start, (2,), "a pair of numbers")
+    if limits is not None:
+        what = "two pairs of numbers, each the lower one first, or `None`"
+        _check_numbers("limits", limits, (2, 2), what, is_ascending=True)
+    _check_count("steps", steps, 1)
+    _check_count("resolution", resolution, 2)
     _check_named("optimizers", optimizers)
 
     def loss(_, z):
@@ -408,10 +431,20 @@ def weight_trajectories(model, x, y, trajectories, loss=None, resolution=15):
         `matplotlib.figure.Figure`.
 
     Raises:
+        TypeError: `model` is no model.
         ValueError: `trajectories` is empty, a snapshot doesn't fit the model,
-            or there are fewer than three different ones.
+            there are fewer than three different ones, there is no loss, or
+            `resolution` is less than 2.
     """
+    plain_layers("weight_trajectories", model, "model")
+    _check_count("resolution", resolution, 2)
     _check_named("trajectories", trajectories)
+    for name, snapshots in trajectories.items():
+        if not isinstance(snapshots, (list, tuple)) or not snapshots:
+            raise ValueError(
+                "Argument `trajectories` must have a list of snapshots for "
+                f"each name. Received: {snapshots} for {name}"
+            )
     weights = model.weights
     is_trained = [weight.trainable for weight in weights]
     points = {
@@ -497,6 +530,28 @@ def _check_named(argument, value):
         )
 
 
+def _check_count(argument, value, least):
+    is_integer = isinstance(value, numbers.Integral)
+    if not is_integer or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"Argument `{argument}` must be an integer >= {least}. "
+            f"Received: {argument}={value}"
+        )
+
+
+def _check_numbers(argument, value, shape, what, is_ascending=False):
+    try:
+        array = np.asarray(value, "float64")
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    is_right = array.shape == shape and np.all(np.isfinite(array))
+    if not is_right or (is_ascending and np.any(np.diff(array) <= 0)):
+        raise ValueError(
+            f"Argument `{argument}` must be {what}. "
+            f"Received: {argument}={value}"
+        )
+
+
 def _walk(loss, optimizer, start, steps):
     """The points that an optimizer visits, of shape `(steps + 1, 2)`."""
     inputs = keras.Input((1,))
@@ -514,7 +569,8 @@ def _walk(loss, optimizer, start, steps):
 
 def _flat(snapshot, weights, is_trained):
     shapes = [tuple(weight.shape) for weight in weights]
-    got = [np.shape(array) for array in snapshot]
+    is_list = isinstance(snapshot, (list, tuple))
+    got = [np.shape(array) for array in snapshot] if is_list else snapshot
     if got != shapes:
         raise ValueError(
             "Argument `trajectories` must hold what `model.get_weights()` "

@@ -112,12 +112,13 @@ def without_wrappers(target):
             wrapper.attach()
 
 
-def plain_layers(function, target):
+def plain_layers(function, target, argument="target"):
     """A layer and all layers inside it, without wrappers.
 
     Args:
         function: String, the public function that `target` was given to.
         target: `keras.layers.Layer`.
+        argument: String, what `target` is called there.
 
     Returns:
         List of layers, each before its sub-layers.
@@ -127,8 +128,8 @@ def plain_layers(function, target):
     """
     if not isinstance(target, keras.layers.Layer):
         raise TypeError(
-            f"Argument `target` of `{function}` must be a `keras.Model` or a "
-            f"`keras.layers.Layer`. Received: target={target} "
+            f"Argument `{argument}` of `{function}` must be a `keras.Model` or "
+            f"a `keras.layers.Layer`. Received: {argument}={target} "
             f"(of type {type(target)})"
         )
     # There is no public way to a layer's sub-layers.

@@ -11,7 +11,8 @@ if (
     os.environ.get("KERAS_BACKEND") == "jax"
     and "JAX_COMPILATION_CACHE_DIR" not in os.environ
     # JAX 0.5's cache crashes on a CPU.
-    and int(importlib.metadata.version("jax").split(".")[1]) >= 10
+    and tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
+    >= (0, 10)
 ):
     # Many tests compile the same program, and that is half of their time. What
     # one process has compiled, all of this session load. Before JAX starts.

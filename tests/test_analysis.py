@@ -397,7 +397,7 @@ def test_recurrent_layers_and_matrices_that_are_too_large(monkeypatch):
 
 def test_what_kronecker_factors_cannot_use():
     x, y = data()
-    with pytest.raises(TypeError, match="`target` of `kronecker_factors`"):
+    with pytest.raises(TypeError, match="`model` of `kronecker_factors`"):
         analysis.kronecker_factors("model", x, y)
     with pytest.raises(ValueError, match="not yet been built"):
         analysis.kronecker_factors(Subclassed(), x, y)

@@ -6,6 +6,8 @@ not only that it is checked, is in `test_optimizer.py`; what `wrap`, `unwrap`
 and `coverage` refuse also in `test_wrap.py`.)
 """
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -17,6 +19,9 @@ from models import to_numpy
 from models import weights
 
 import keras_adafisher
+from keras_adafisher import analysis
+from keras_adafisher import callbacks
+from keras_adafisher import plotting
 from keras_adafisher.wrappers import Block
 from keras_adafisher.wrappers import DenseBlock
 from keras_adafisher.wrappers import GradientBlock
@@ -111,6 +116,21 @@ def test_every_argument_of_the_optimizer_is_in_the_table():
     assert names & keras_own - checked <= {"use_ema"}
 
 
+@pytest.mark.parametrize(
+    "optimizer", [keras_adafisher.AdaFisher, keras_adafisher.AdaFisherW]
+)
+def test_the_error_says_where_none_is_allowed(optimizer):
+    for argument in OPTIMIZER_ARGUMENTS:
+        try:
+            optimizer(**{argument: None})
+            takes_none = True
+        except ValueError:
+            takes_none = False
+        with pytest.raises(ValueError) as error:
+            optimizer(**{argument: -1.0})
+        assert ("or `None`" in str(error.value)) == takes_none, argument
+
+
 def test_an_argument_that_does_not_exist():
     with pytest.raises(ValueError, match=r"not recognized: {'momentum'"):
         keras_adafisher.AdaFisher(momentum=0.9)
@@ -201,6 +221,12 @@ def test_wrappers_of_the_wrong_kind():
     for inputs, outputs in ((3, 3), (2, 2), (1, 7)):
         Wrapper.made = [DenseBlock(layer.kernel, layer.bias, inputs, outputs)]
         with pytest.raises(ValueError, match="must broadcast to their param"):
+            Wrapper(layer)
+    Wrapper.made = [DenseBlock(layer.kernel, layer.bias, 2, 3)]
+    for wrong in ("3", None, 2.5, -2):
+        block = DenseBlock(layer.kernel, layer.bias, wrong, 3)
+        Wrapper.made = [block]
+        with pytest.raises(ValueError, match="`activation_shape` of a Dense"):
             Wrapper(layer)
     Wrapper.made = [DenseBlock(layer.kernel, layer.bias, 2, 3)]
     wrapper = Wrapper(layer)
@@ -299,12 +325,34 @@ def test_fisher_diagonals_of_what_has_none(optimizer):
         mlp().layers[0],
         optimizer.iterations,
     ):
+        for method in (
+            optimizer.fisher_diagonal,
+            optimizer.effective_learning_rate,
+        ):
+            with pytest.raises(ValueError) as error:
+                method(wrong)
+            message = str(error.value)
+            assert "Argument `variable` must be a variable that" in message
+            assert "`keras_adafisher.coverage(model)` lists them" in message
+            assert "Received: variable=" in message
+
+
+def test_gradients_and_values_that_do_not_fit(optimizer):
+    variables = optimizer._trainable_variables
+    before = [to_numpy(v) for v in [*variables, *optimizer.variables]]
+    gradient = keras.ops.ones(variables[0].shape)
+    for wrong in ([gradient], [gradient] * 99):
         with pytest.raises(ValueError) as error:
-            optimizer.fisher_diagonal(wrong)
+            optimizer.apply(wrong, variables)
         message = str(error.value)
-        assert "Argument `variable` must be a variable that" in message
-        assert "`keras_adafisher.coverage(model)` lists them" in message
-        assert "Received: variable=" in message
+        assert "Argument `grads` of `apply` must have one" in message
+        assert f"Received: {len(wrong)} gradients" in message
+    count = len(optimizer.variables)
+    for wrong in (1.0, None, "weight", np.ones((7, 7))):
+        with pytest.raises(ValueError, match="nothing of it was loaded"):
+            optimizer.set_weights([wrong] * count)
+    after = [to_numpy(v) for v in [*variables, *optimizer.variables]]
+    assert_same(after, before)
 
 
 def test_requests_that_are_no_bools(optimizer):
@@ -385,3 +433,155 @@ def test_the_error_names_the_shapes_that_do_not_fit():
     assert "parameter 'kernel' of shape (2, 4, 3)" in message
     assert "factors of shapes (7, 1) and (3,)" in message
     assert_same([to_numpy(layer.kernel)], [before])
+
+
+# What looks at the curvature: for each function right arguments and, for each
+# of them, wrong ones.
+
+NO_MATRICES = [
+    *(None, 5, "abc", [], [1.0], np.ones((2, 3)), {"a": 1}),
+    [[1.0], [2.0, 3.0]],
+    [[NAN, 0.0], [0.0, 1.0]],
+    [[INF, 0.0], [0.0, 1.0]],
+]
+FACTOR = {"factor": (np.eye(2), NO_MATRICES)}
+SYMMETRIC_FACTOR = {
+    "factor": (np.eye(2), [*NO_MATRICES, [[1.0, 2.0], [0.0, 1.0]]])
+}
+NOISE = {
+    "noise": (0.1, [-0.1, NAN, INF, "much", True, None, [0.1]]),
+    "seed": (0, [-1, 0.5, "seed", {}]),
+}
+# Anything can be drawn.
+TITLE = {"title": ("", [])}
+NO_FACTORS = [5, "abc", np.eye(2), [np.eye(2)]]
+HISTORY = {
+    "every": ("epoch", [0, -1, 1.5, NAN, True, None, "step", [1]]),
+    "csv_path": (None, [5, True, b"name", ["name"]]),
+    "log_dir": (None, [5, True, b"name", ["name"]]),
+}
+COUNTS = [0, -1, 1.5, NAN, True, None, "5", [5]]
+FUNCTIONS = {
+    analysis.gershgorin: FACTOR,
+    analysis.spectrum: {**SYMMETRIC_FACTOR, **NOISE},
+    analysis.diagonal_energy: FACTOR,
+    analysis.fourier_spectrum: FACTOR,
+    analysis.diagonal_energy_table: {"factors": ([], [None, *NO_FACTORS])},
+    analysis.kronecker_factors: {
+        "model": (None, [None, 5, "model", keras.Model, np.ones(3)]),
+        # What doesn't fit the model or the loss, they refuse themselves.
+        "x": (None, []),
+        "y": (None, []),
+        "layers": (None, [5, "name", ["name"], [None], keras.layers.ReLU()]),
+        "loss": (None, []),
+    },
+    callbacks.FisherHistory: HISTORY,
+    callbacks.SecondMomentHistory: HISTORY,
+    keras_adafisher.FisherHistory().select: {
+        "parameter": ("kernel", [None, 5, "kernel", np.ones(3)]),
+        "quantity": ("fisher", [None, 5, "loss", np.ones(3)]),
+    },
+    plotting.plot_histograms: {
+        "histories": ((), [5, None, "history", keras_adafisher.FisherHistory]),
+        # By `select`.
+        "parameter": ("kernel", []),
+        "quantity": ("fisher", []),
+    },
+    plotting.plot_gershgorin: {**SYMMETRIC_FACTOR, **TITLE},
+    plotting.plot_spectrum: {**SYMMETRIC_FACTOR, **NOISE, **TITLE},
+    plotting.plot_factors: {"factors": (None, [None, *NO_FACTORS])},
+    plotting.loss_surface_trajectories: {
+        "function": (lambda x, y: x + y, [None, 5, "x + y"]),
+        "optimizers": ({"SGD": keras.optimizers.SGD()}, [None, {}, "sgd", []]),
+        "start": (
+            (1.0, 2.0),
+            [None, 1.0, (1.0, 2.0, 3.0), "ab", ("a", "b"), (NAN, 0.0)],
+        ),
+        "steps": (1, COUNTS),
+        "limits": (
+            None,
+            [5, (0, 1), ((0, 1), (1, 0)), ((0, NAN), (0, 1)), "abcd"],
+        ),
+        "resolution": (2, [1, *COUNTS]),
+    },
+    plotting.weight_trajectories: {
+        "model": (None, [None, 5, "model", np.ones(3)]),
+        "x": (None, []),
+        "y": (None, []),
+        "trajectories": (
+            None,
+            [None, 5, [], {}, {"a": 5}, {"a": []}, {"a": [5]}, {"a": [[5]]}],
+        ),
+        "loss": (None, []),
+        "resolution": (2, [1, *COUNTS]),
+    },
+}
+
+
+def test_every_argument_of_every_function_is_in_the_table():
+    public = {
+        function
+        for module in (analysis, plotting)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and name[0] != "_"
+    }
+    # What `plotting` and `wrap` need of the others.
+    public -= {
+        analysis.as_it_was,
+        analysis.check_kronecker_factors,
+        analysis.loss_evaluator,
+    }
+    assert public <= set(FUNCTIONS)
+    for function, arguments in FUNCTIONS.items():
+        assert list(inspect.signature(function).parameters) == list(arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        (function, argument)
+        for function, arguments in FUNCTIONS.items()
+        for argument, (_, wrongs) in arguments.items()
+        if wrongs
+    ],
+    ids=lambda value: getattr(value, "__qualname__", value),
+)
+def test_arguments_of_functions(function, argument):
+    arguments = {n: right for n, (right, _) in FUNCTIONS[function].items()}
+    if "model" in arguments:
+        model = mlp()
+        model.compile("sgd", loss=cross_entropy())
+        snapshot = model.get_weights()
+        arguments.update(
+            model=model, **dict(zip("xy", data(examples=4), strict=True))
+        )
+        if "trajectories" in arguments:
+            arguments["trajectories"] = {"a": [snapshot]}
+    for wrong in FUNCTIONS[function][argument][1]:
+        named = {**arguments, argument: wrong}
+        # Not by name: `*histories`.
+        listed = [named.pop("histories")] if "histories" in named else []
+        with pytest.raises((TypeError, ValueError)) as error:
+            function(*listed, **named)
+        message = str(error.value)
+        assert argument in message, message
+        assert "Received: " in message, message
+        if "model" in arguments:
+            assert_same(model.get_weights(), snapshot)
+
+
+def test_what_the_loss_and_the_model_refuse():
+    """In their own words. The model stays as it was."""
+    model = mlp()
+    model.compile("sgd", loss=cross_entropy())
+    before = weights(model)
+    x, y = data(examples=4)
+    for wrong in ((None, y), (x, None), (x[:, :5], y), (x, y[:3]), ("x", y)):
+        with pytest.raises(Exception):  # noqa: B017
+            analysis.kronecker_factors(model, *wrong)
+    for wrong in (5, "nope", ["mse"]):
+        with pytest.raises(ValueError, match="loss"):
+            analysis.kronecker_factors(model, x, y, loss=wrong)
+    assert_same(weights(model), before)
+    assert len(model.trainable_variables) == 4
+    assert analysis.kronecker_factors(model, x, y)

@@ -242,6 +242,14 @@ def test_csv_file_of_a_run_that_goes_on(tmp_path):
         row["parameter"] = row["parameter"].removeprefix("sequential/")
         assert row == expected
 
+    # A row of the run's past, which has all columns, but not all counts.
+    fit(compiled(), FisherHistory(csv_path=path), epochs=1)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines)[:-4])
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    fit(resumed, FisherHistory(csv_path=path), epochs=2, initial_epoch=1)
+    assert [row["step"] for row in rows(path)[14:16]] == ["4", "8"]
+
     # A new run begins it anew.
     fit(compiled(), FisherHistory(csv_path=path), epochs=1)
     assert [row["step"] for row in rows(path)[::16]] == ["4"]

@@ -21,11 +21,13 @@ KERNELS = (1, 3, 5, 7)
 
 def sizes_jax(function, arrays):
     import jax
-    from jax.extend.core import jaxprs_in_params
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
-            inner = list(jaxprs_in_params(equation.params))
+            # Closed ones or not, and the branches of a condition.
+            leaves = jax.tree.leaves(list(equation.params.values()))
+            inner = [getattr(leaf, "jaxpr", leaf) for leaf in leaves]
+            inner = [leaf for leaf in inner if hasattr(leaf, "eqns")]
             for sub in inner:
                 yield from walk(sub)
             if not inner:
@@ -219,7 +221,7 @@ def test_a_compiled_step_builds_no_patches(record_property):
     for kernel in KERNELS:
         grown = extra[kernel] - extra[1]
         # Patches would have `kernel² - 1` times as many elements.
-        assert grown[0] < activations
+        assert grown[0] < 2 * activations
         assert grown[1] < 4 * 4 * activations
         assert grown[2] < 4 * activations
 

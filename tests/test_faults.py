@@ -501,7 +501,7 @@ def test_a_truncated_file_is_refused_before_anything_is_loaded(
 def test_weights_of_the_optimizer_are_set_all_or_not_at_all():
     optimizer = trained(adafisher(), steps=1).optimizer
     before = [to_numpy(v) for v in optimizer.variables]
-    changed = [value + 1 for value in before]
+    changed = [(value + 1).astype(value.dtype) for value in before]
     wrong = [*changed[:-1], np.zeros((7, 7), "float32")]
     with pytest.raises(ValueError, match=NOT_EQUAL):
         optimizer.set_weights(wrong)

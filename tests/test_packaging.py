@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+import tomllib
 import zipfile
 
 import keras
@@ -64,6 +65,7 @@ def test_source_distribution_has_what_its_tests_need(distributions):
         "README.md",
         "benchmarks/common.py",
         "constraints.txt",
+        "constraints-oldest.txt",
         "docs/index.md",
         "examples/digits.py",
         "keras_adafisher/optimizer.py",
@@ -92,6 +94,22 @@ def test_wheel_has_the_package_only(distributions):
     assert f"\nVersion: {version}\n" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert required == ["keras"]
+
+
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
+    """`make test-oldest` installs them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = [
+        *project["dependencies"],
+        *(extras[name][0] for name in ("tensorflow", "jax", "torch", "plot")),
+    ]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    for requirement in required:
+        name, bound = requirement.split(">=")
+        # "0.5" and "0.5.0" are the same.
+        assert pinned[name] in (bound, f"{bound}.0")
 
 
 def test_the_citation_has_the_version():

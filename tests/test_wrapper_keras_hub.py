@@ -7,7 +7,6 @@ the test that fails has its name.
 import sys
 
 import keras
-import keras_hub
 import layer_cases
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from keras_adafisher.wrappers.experts import EXPERTS
 from keras_adafisher.wrappers.keras_hub import LAYER_SCALES
 from keras_adafisher.wrappers.keras_hub import NORMALIZATIONS
 from keras_adafisher.wrappers.registry import find_wrapper
+
+keras_hub = pytest.importorskip("keras_hub", reason="it isn't installed")
 
 POSITIONS, SIZE = 5, 3
 CHANNELS = 4

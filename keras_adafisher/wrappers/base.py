@@ -1,6 +1,7 @@
 """The base class of all layer wrappers."""
 
 import functools
+import numbers
 
 import keras
 import numpy as np
@@ -345,6 +346,17 @@ def variable_or_none(kernel):
 
 def _check_shapes(block, host):
     """Raise a `ValueError` if factors don't broadcast to their parameter."""
+    for name in ("activation_shape", "gradient_shape", "bias_gradient_shape"):
+        shape = getattr(block, name)
+        is_shape = isinstance(shape, tuple | list) and all(
+            isinstance(size, numbers.Integral) and size >= 0 for size in shape
+        )
+        if not is_shape and not (name.startswith("bias") and shape is None):
+            raise ValueError(
+                f"`{name}` of a {type(block).__name__} must be a tuple of "
+                f"integers >= 0. Layer '{host.path or host.name}' got "
+                f"{name}={shape}"
+            )
     activation, gradient, bias_gradient, one = (
         # Symbolic: only shapes are computed, however large the parameter is.
         keras.KerasTensor(shape, dtype="float32")
