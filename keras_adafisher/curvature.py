@@ -41,6 +41,7 @@ class Curvature:
         self.blocks_of_weight = [self]
         self.places = {}
         self.vector = None
+        self._views = {}
 
     @property
     def is_measured(self):
@@ -51,9 +52,7 @@ class Curvature:
         """One of the running factors, a tensor. `None` if there is none."""
         if name not in self.places:
             return None
-        start, shape = self.places[name]
-        vector = ops.convert_to_tensor(self.vector)
-        return ops.reshape(vector[start : start + math.prod(shape)], shape)
+        return backend.part(self.vector, *self.places[name], self._views)
 
     @property
     def activation(self):

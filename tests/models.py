@@ -67,7 +67,8 @@ def probes_in(layer):
 
 
 def to_numpy(tensor):
-    return ops.convert_to_numpy(tensor)
+    # A copy: what PyTorch gives follows the variable.
+    return np.array(ops.convert_to_numpy(tensor))
 
 
 def weights(model):

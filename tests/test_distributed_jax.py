@@ -49,7 +49,7 @@ def test_model_parallel():
 
 
 def test_what_is_split():
-    """Factors, probes and momentums are split like the parameters."""
+    """Probes and momentums are split like the parameters."""
     splits = devices()["ModelParallel"]["splits"]
     expected = {
         "sequential/conv/kernel": [None, None, None, "model"],
@@ -70,12 +70,6 @@ def test_what_is_split():
         "adafisher/sequential_hidden_kernel_momentum": [None, "model"],
         "adafisher/sequential_hidden_bias_momentum": ["model"],
         "adafisher/sequential_logits_kernel_momentum": ["model", None],
-        "adafisher/sequential_conv_adafisher_gradient_factor": ["model"],
-        "adafisher/sequential_hidden_adafisher_gradient_factor": ["model"],
-        "adafisher/sequential_logits_adafisher_activation_factor": [
-            "model",
-            None,
-        ],
     }
     assert splits == expected
 
@@ -90,34 +84,24 @@ def test_more_layers():
     assert result["extra_collectives_other"] == 2
     splits = result["splits"]
     # Axes of (32, 1), (1, 4, 4), (4, 4, 1), (16, 1, 1) and (1, 4, 4).
-    assert splits["adafisher/embedding_adafisher_activation_factor"] == [
-        "model",
-        None,
-    ]
+    assert splits["embedding/adafisher/activation"] == ["model", None]
     heads = [None, "model", None]
-    assert splits["adafisher/mha_query_adafisher_gradient_factor"] == heads
+    assert splits["mha/query/adafisher/gradient"] == heads
     heads = ["model", None, None]
-    assert (
-        splits["adafisher/mha_attention_output_adafisher_activation_factor"]
-        == heads
-    )
-    inputs = ["batch", None, None]
-    assert splits["adafisher/einsum_adafisher_activation_factor"] == inputs
-    assert splits["adafisher/einsum_adafisher_gradient_factor"] == [
-        None,
-        "model",
-        None,
-    ]
+    assert splits["mha/attention_output/adafisher/activation"] == heads
+    assert splits["einsum/adafisher/activation"] == ["batch", None, None]
+    assert splits["einsum/adafisher/gradient"] == [None, "model", None]
     # Its bias is whole.
-    assert "adafisher/up_adafisher_gradient_factor" not in splits
+    assert "up/adafisher/gradient" not in splits
+    # Factors are small, and whole on each device.
+    assert not [path for path in splits if "factors" in path]
 
 
 def test_layers_that_are_built_late():
     """Keras gives their variables values, and looks at layouts, afterwards."""
     result = devices()["late"]
     assert result["difference"] <= 2e-6
-    factor = "adafisher/late_hidden_adafisher_gradient_factor"
-    assert result["splits"][factor] == ["model"]
+    assert result["splits"]["late/hidden/adafisher/gradient"] == ["model"]
 
 
 def test_saving():

@@ -27,6 +27,7 @@ from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import open_tap
+from keras_adafisher.backend.common import part
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import step_number
@@ -63,6 +64,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import make_inputs
     from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import open_tap
+    from keras_adafisher.backend.torch import part
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
@@ -93,6 +95,7 @@ __all__ = [
     "make_inputs",
     "mean_square",
     "open_tap",
+    "part",
     "pointwise_conv",
     "reshape",
     "step_number",

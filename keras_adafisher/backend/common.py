@@ -1,6 +1,7 @@
 """What a backend does that needs no exception."""
 
 import contextlib
+import math
 
 import numpy as np
 from keras import ops
@@ -204,6 +205,19 @@ def tap(z, h, probe, default):
         default: Callable that takes these, the tap by operations of Keras.
     """
     return default(z, h, probe)
+
+
+def part(variable, start, shape, views):
+    """Neighbouring entries of a vector, as a tensor of some shape.
+
+    Args:
+        variable: `keras.Variable` with one axis.
+        start: Integer, the first entry.
+        shape: Tuple of integers.
+        views: Dict, the caller's, in which to keep what stays valid.
+    """
+    vector = ops.convert_to_tensor(variable)
+    return ops.reshape(vector[start : start + math.prod(shape)], shape)
 
 
 def cond(pred, true_fn, false_fn):
