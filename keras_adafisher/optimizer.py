@@ -765,7 +765,11 @@ class AdaFisherW(AdaFisher):
         name=None,
         **kwargs,
     ):
-        # Not `None`, which `AdaFisher` takes.
+        if weight_decay is None:
+            raise ValueError(
+                "Argument `weight_decay` must be a float. "
+                "Received: weight_decay=None"
+            )
         _check_not_negative("weight_decay", weight_decay)
         super().__init__(
             learning_rate=learning_rate,
@@ -850,24 +854,34 @@ def _is_integer(value):
 
 
 def _check_positive(name, value, optional=False):
-    _check(name, value, "a float > 0", lambda x: 0 < x < math.inf, optional)
-
-
-def _check_not_negative(name, value, optional=False):
-    _check(name, value, "a float >= 0", lambda x: 0 <= x < math.inf, optional)
+    if not _is_allowed(value, lambda x: 0 < x < math.inf, optional):
+        raise ValueError(
+            f"Argument `{name}` must be a float > 0. Received: {name}={value}"
+            f"{_or_none(optional)}"
+        )
 
 
 def _check_decay_rate(name, value, optional=False):
-    allowed = "a float in the range [0, 1)"
-    _check(name, value, allowed, lambda x: 0 <= x < 1, optional)
-
-
-def _check(name, value, allowed, is_allowed, optional):
-    if optional:
-        allowed += ", or `None`"
-        if value is None:
-            return
-    if not _is_number(value) or not is_allowed(value):
+    if not _is_allowed(value, lambda x: 0 <= x < 1, optional):
         raise ValueError(
-            f"Argument `{name}` must be {allowed}. Received: {name}={value}"
+            f"Argument `{name}` must be a float in the range [0, 1). "
+            f"Received: {name}={value}{_or_none(optional)}"
         )
+
+
+def _check_not_negative(name, value, optional=False):
+    if not _is_allowed(value, lambda x: 0 <= x < math.inf, optional):
+        raise ValueError(
+            f"Argument `{name}` must be a float >= 0. Received: {name}={value}"
+            f"{_or_none(optional)}"
+        )
+
+
+def _is_allowed(value, is_in_range, optional):
+    if value is None:
+        return optional
+    return _is_number(value) and is_in_range(value)
+
+
+def _or_none(optional):
+    return ". `None` is allowed too" if optional else ""

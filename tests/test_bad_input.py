@@ -128,7 +128,7 @@ def test_the_error_says_where_none_is_allowed(optimizer):
             takes_none = False
         with pytest.raises(ValueError) as error:
             optimizer(**{argument: -1.0})
-        assert ("or `None`" in str(error.value)) == takes_none, argument
+        assert ("`None`" in str(error.value)) == takes_none, argument
 
 
 def test_an_argument_that_does_not_exist():

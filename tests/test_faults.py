@@ -6,6 +6,7 @@ others are in `test_optimizer.py`; resuming from whole files is in
 """
 
 import io
+import math
 import os
 import random
 import signal
@@ -243,6 +244,24 @@ def test_dead_units_neither_move_nor_keep_the_others_from_training():
     model.train_on_batch(*GOOD)
     assert_sound(model.optimizer)
     assert np.any(weights(model)[0] != before[0])
+
+
+def test_a_batch_without_gradients_moves_nothing_and_spoils_nothing():
+    """All sample weights are 0. There is no momentum yet."""
+    keras.utils.set_random_seed(1)
+    model = network()
+    model.compile(adafisher(factor_update_steps=1), loss=cross_entropy())
+    before = weights(model)
+    for _ in range(2):
+        model.train_on_batch(*GOOD, sample_weight=np.zeros(8, "float32"))
+        assert_sound(model.optimizer)
+    assert_same(weights(model), before)
+    model.train_on_batch(*GOOD)
+    assert_sound(model.optimizer)
+    assert is_finite(model)
+    assert all(
+        np.any(a != b) for a, b in zip(weights(model), before, strict=True)
+    )
 
 
 def test_a_layer_that_a_step_does_not_use_keeps_its_factors():
@@ -514,7 +533,9 @@ def test_weights_of_the_optimizer_are_set_all_or_not_at_all():
 
 # The process dies.
 
-EPOCHS, STEPS = 10, 7
+STEPS = 7
+# A process that is to be killed sleeps as long after each step.
+PAUSE = 0.01
 
 PROCESS = """
 import os
@@ -527,7 +548,7 @@ import keras
 import numpy as np
 import test_faults
 
-folder, delay = sys.argv[1], float(sys.argv[2])
+folder, delay, epochs = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 # A file that is half written is Keras' affair, and so is one of the two files
 # of a backup without the other.
 writing = threading.Lock()
@@ -552,16 +573,16 @@ class Slowly(keras.callbacks.Callback):
         if delay and not self.started:
             self.started = True
             threading.Thread(target=die, daemon=True).start()
-        time.sleep(0.01 if delay else 0)
+        time.sleep(test_faults.PAUSE if delay else 0)
 
 
 callbacks = [Backup(folder + "/backup"), Slowly()]
-values = test_faults.run_to_the_end(callbacks)
+values = test_faults.run_to_the_end(callbacks, epochs)
 np.savez(folder + "/end.npz", *values)
 """
 
 
-def run_to_the_end(callbacks=()):
+def run_to_the_end(callbacks=(), epochs=10):
     keras.utils.set_random_seed(1)
     model = mlp()
     # Measures at other steps of each epoch.
@@ -571,7 +592,7 @@ def run_to_the_end(callbacks=()):
         x,
         y,
         batch_size=8,
-        epochs=EPOCHS,
+        epochs=epochs,
         shuffle=False,
         verbose=0,
         callbacks=list(callbacks),
@@ -579,11 +600,18 @@ def run_to_the_end(callbacks=()):
     return state(model)
 
 
-def end_after_kills(folder, delays):
+def end_after_kills(folder, delays, epochs):
     """Kill one process after the other, and let the last one finish."""
     for delay in [*delays, 0.0]:
         process = subprocess.run(
-            [sys.executable, "-c", PROCESS, str(folder), str(delay)],
+            [
+                sys.executable,
+                "-c",
+                PROCESS,
+                str(folder),
+                str(delay),
+                str(epochs),
+            ],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -601,19 +629,22 @@ def end_after_kills(folder, delays):
         return [file[name] for name in file.files]
 
 
-def random_delays(count):
+def check_kills(count, folder):
     generator = random.Random(0)
-    # An epoch takes about a tenth of a second, all of them one.
-    return [generator.uniform(0.02, 0.5) for _ in range(count)]
+    delays = [generator.uniform(0.02, 0.5) for _ in range(count)]
+    # However fast the machine is, none comes to the end before it is killed.
+    epochs = math.ceil(sum(delays) / (STEPS * PAUSE)) + 1
+    actual = end_after_kills(folder, delays, epochs)
+    assert_same(actual, run_to_the_end(epochs=epochs))
 
 
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
-    assert_same(end_after_kills(tmp_path, random_delays(2)), run_to_the_end())
+    check_kills(2, tmp_path)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ten_times(tmp_path):
-    assert_same(end_after_kills(tmp_path, random_delays(10)), run_to_the_end())
+    check_kills(10, tmp_path)
 
 
 def test_a_backup_that_is_cut_off_falls_back_to_the_one_before(tmp_path):

@@ -287,12 +287,9 @@ def float64():
     keras.config.set_floatx("float64")
     context = contextlib.nullcontext()
     if BACKEND == "jax":
-        try:
-            from jax import enable_x64
-        except ImportError:
-            # Where JAX 0.5 has it.
-            from jax.experimental import enable_x64
-        context = enable_x64(True)
+        import jax
+
+        context = jax.enable_x64(True)
     with context:
         yield
     keras.config.set_floatx("float32")

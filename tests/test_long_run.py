@@ -129,10 +129,11 @@ def resident_mebibytes():
 def test_twenty_thousand_steps(record_property):
     keras.utils.set_random_seed(1)
     model = mlp()
-    rule = optimizer(learning_rate=1e-3, factor_update_steps=3)
+    # With the default settings.
+    rule = keras_adafisher.AdaFisher()
     model.compile(rule, loss=cross_entropy())
     x, y = data(examples=8 * 1000)
-    figures, bounds = [], []
+    figures = []
 
     def thousand_steps():
         start = time.perf_counter()
@@ -141,15 +142,13 @@ def test_twenty_thousand_steps(record_property):
         for curvature in rule._curvatures:
             for factor in map(to_numpy, curvature.values()):
                 assert np.all(np.isfinite(factor))
-                bounds.append((factor.min(), factor.max()))
+                assert np.all(factor >= 0)
+                # Averages of what is 1 on average.
+                np.testing.assert_allclose(factor.mean(), 1, rtol=1e-3)
 
     for _ in range(STEPS // 1000):
         thousand_steps()
     assert int(to_numpy(rule.iterations)) == STEPS
-    # Far from the start, between 0 and gamma_2 / gamma_1.
-    late = np.array(bounds[len(bounds) // 2 :])
-    assert late.min() >= 0
-    assert late.max() <= 0.05 / 0.9 + 1e-6
     warm, end = figures[3], figures[-1]
     record_property(
         "figure",

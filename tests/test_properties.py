@@ -65,7 +65,7 @@ def run(model, x, y, training=True):
     x = ops.convert_to_tensor(x)
 
     def loss_of(z):
-        return ops.mean(z if y is None else z * ops.convert_to_tensor(y))
+        return ops.mean(z if y is None else ops.multiply(z, y))
 
     arguments = {"training": training} if _takes_training(model) else {}
     if BACKEND == "jax":
@@ -328,10 +328,10 @@ def gradients_of_parameters(layer, gradients):
     ]
 
 
-def assert_close_to_each_other(actual, expected):
+def assert_close_to_each_other(actual, expected, rtol=1e-5, atol=1e-6):
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 @given(LAYERS, RULES, st.integers(0, 9))
@@ -440,6 +440,12 @@ MODEL_LAYERS = st.one_of(
     st.tuples(st.just(keras.layers.Activation), st.just("gelu")),
 )
 FORMS = ["plain", "residual", "shared", "nested", "subclassed"]
+# Dtype policies, and what gradients are rounded to.
+DTYPES = {
+    "float32": {},
+    "mixed_bfloat16": {"rtol": 2e-2, "atol": 1e-3},
+    "mixed_float16": {"rtol": 2e-3, "atol": 1e-4},
+}
 
 
 class Subclassed(keras.Model):
@@ -480,13 +486,22 @@ def build_model(recipe, form):
 @given(
     st.lists(MODEL_LAYERS, min_size=1, max_size=3),
     st.sampled_from(FORMS),
+    st.sampled_from(list(DTYPES)),
     RULES,
     st.integers(0, 9),
 )
 @cases(70)
-def test_a_model(recipe, form, rule, seed):
+def test_a_model(recipe, form, dtype, rule, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(0.3, 1.0, size=(3, 4, WIDTH)).astype("float32")
+    keras.config.set_dtype_policy(dtype)
+    try:
+        check_a_model(recipe, form, DTYPES[dtype], rule, rng, x)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def check_a_model(recipe, form, tolerance, rule, rng, x):
     model = build_model(recipe, form)
     with eagerly():
         start = [np.array(w) for w in model.get_weights()]
@@ -504,6 +519,7 @@ def test_a_model(recipe, form, rule, seed):
         assert_close_to_each_other(
             gradients_of_parameters(model, wrapped_gradients),
             [to_numpy(g) for g in gradients],
+            **tolerance,
         )
 
         optimizer = rule.make()
