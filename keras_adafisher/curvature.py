@@ -10,6 +10,7 @@ as they are.
 """
 
 import collections
+import dataclasses
 import math
 
 from keras import ops
@@ -181,27 +182,43 @@ class Factors:
             for names in curvature.rows(self._normalization):
                 length = sum(math.prod(curvature.shapes()[n]) for n in names)
                 groups[length, names == ["one"]].append((number, names))
-        self._size = 0
-        # In the order of the vector: matrices, and number and name of each
-        # factor.
+        # In the order of the vector: matrices, the block's number and the
+        # names of the factors of each row, and those of each factor.
         self._matrices = []
+        rows = []
         self._order = []
-        rows_of_blocks = [[] for _ in self.curvatures]
-        count = 0
-        for (length, is_one), rows in groups.items():
-            self._matrices.append(
-                _Matrix(self._size, length, is_one, self.curvatures, rows)
-            )
-            for number, names in rows:
-                rows_of_blocks[number].append(count)
-                count += 1
+        self._size = 0
+        for (length, is_one), group in groups.items():
+            numbers = slice(len(rows), len(rows) + len(group))
+            self._matrices.append(_Matrix(self._size, numbers, length, is_one))
+            rows += group
+            for number, names in group:
                 curvature = self.curvatures[number]
                 for name in names:
                     shape = curvature.shapes()[name]
                     curvature.places[name] = self._size, shape
                     self._order.append((number, name))
                     self._size += math.prod(shape)
+        rows_of_blocks = [[] for _ in self.curvatures]
+        for row, (number, _) in enumerate(rows):
+            rows_of_blocks[number].append(row)
         self._rows_of_blocks = _matrix(rows_of_blocks)
+        self._blocks_of_rows = backend.constant([n for n, _ in rows], "int32")
+        # The scale of the loss is that of `s`.
+        self._has_scale = backend.constant(
+            [["gradient" in names[0]] for _, names in rows], "float32"
+        )
+        self._epsilon_scales = backend.constant(
+            [
+                [
+                    self.curvatures[number].block.epsilon_scale
+                    if "activation" in names
+                    else 1
+                ]
+                for number, names in rows
+            ],
+            "float32",
+        )
 
     def join(self, answers):
         """Put all that was measured into one vector.
@@ -226,7 +243,7 @@ class Factors:
             totals[number, "gradient"] = gradient
             totals[number, "one"] = count
             totals[number, "bias_gradient"] = bias_gradient
-        parts = [ops.reshape(totals[place], (-1,)) for place in self._order]
+        parts = [_flat(totals[place]) for place in self._order]
         return ops.concatenate([ops.stack(calls), *parts])
 
     def add(self, answers, is_last):
@@ -260,28 +277,41 @@ class Factors:
         """
         count = len(self.curvatures)
         calls, totals = answers[:count], answers[count:]
+        # What makes means, for a loss that isn't scaled, of sums.
+        divisors = self._of_rows(ops.maximum(calls, 1))
+        if scale != 1:
+            divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
+        epsilons = epsilon * self._epsilon_scales if epsilon else None
         new = []
         is_finite = []
         for matrix in self._matrices:
-            x = matrix.of(totals) / matrix.divisors(calls, scale)
             x, finite = _normalize(
-                x, matrix.epsilons(epsilon), self._normalization, matrix.is_one
+                matrix.of(totals) / divisors[matrix.rows],
+                epsilons[matrix.rows] if epsilon else 0.0,
+                self._normalization,
+                matrix.is_one,
             )
             new.append(x)
             is_finite.append(finite)
         is_finite = ops.concatenate(is_finite)
-        is_usable = ops.all(ops.take(is_finite, self._rows_of_blocks), axis=1)
+        is_usable = ops.all(
+            backend.take(is_finite, self._rows_of_blocks), axis=1
+        )
         if self._uses is not None:
-            calls = ops.max(ops.take(calls, self._uses), axis=1)
-        is_usable = ops.logical_and(is_usable, calls > 0)
+            calls = ops.max(backend.take(calls, self._uses), axis=1)
+        is_usable = self._of_rows(ops.logical_and(is_usable, calls > 0))
         vector = ops.convert_to_tensor(self.vector)
         result = []
         for matrix, x in zip(self._matrices, new, strict=True):
             old = matrix.of(vector)
             x = factors.running_average(old, x, gamma_1, gamma_2)
-            x = ops.where(matrix.column(is_usable), x, old)
-            result.append(ops.reshape(x, (-1,)))
+            result.append(_flat(ops.where(is_usable[matrix.rows], x, old)))
         return ops.concatenate(result)
+
+    def _of_rows(self, values_of_blocks):
+        """A column of the values of the rows' blocks."""
+        values = backend.take(values_of_blocks, self._blocks_of_rows)
+        return backend.reshape(values, (-1, 1))
 
     def estimated(self, curvature, gradient, gamma_1, gamma_2):
         """Average the factors of a block with what a gradient says of them.
@@ -308,7 +338,10 @@ class Factors:
             # The scale is arbitrary. So there is no `epsilon` to add, and
             # nothing to compare the bias' input 1 with.
             new[name], is_finite = _normalize(
-                ops.reshape(x, (1, -1)), 0.0, self._normalization, name == "one"
+                backend.reshape(x, (1, -1)),
+                0.0,
+                self._normalization,
+                name == "one",
             )
             is_usable = ops.logical_and(is_usable, is_finite[0])
         vector = ops.convert_to_tensor(self.vector)
@@ -319,66 +352,34 @@ class Factors:
         ):
             stop = start + math.prod(shape)
             old = vector[start:stop]
-            x = factors.running_average(
-                old, ops.reshape(new[name], (-1,)), gamma_1, gamma_2
-            )
+            x = factors.running_average(old, _flat(new[name]), gamma_1, gamma_2)
             parts += [vector[end:start], ops.where(is_usable, x, old)]
             end = stop
         return ops.concatenate([*parts, vector[end:]])
 
 
+@dataclasses.dataclass
 class _Matrix:
     """Neighbouring rows of one length in a vector of factors.
 
-    Args:
+    Attributes:
         start: Integer, where they begin.
+        rows: Slice of their numbers, of all rows.
         length: Integer.
         is_one: Bool. Whether they are factors of the input that is always 1,
             which nothing is normalized together with.
-        curvatures: List of all `Curvature`s.
-        rows: List with a block's number and the factors' names for each row.
     """
 
-    def __init__(self, start, length, is_one, curvatures, rows):
-        self.is_one = is_one
-        self._start = start
-        self._shape = (len(rows), length)
-        self._blocks = backend.constant([number for number, _ in rows], "int32")
-        # The scale of the loss is that of `s`.
-        self._has_scale = backend.constant(
-            [["gradient" in names[0]] for _, names in rows], "float32"
-        )
-        self._epsilon_scales = backend.constant(
-            [
-                [
-                    curvatures[number].block.epsilon_scale
-                    if "activation" in names
-                    else 1
-                ]
-                for number, names in rows
-            ],
-            "float32",
-        )
+    start: int
+    rows: slice
+    length: int
+    is_one: bool
 
     def of(self, vector):
         """The matrix."""
-        stop = self._start + math.prod(self._shape)
-        return ops.reshape(vector[self._start : stop], self._shape)
-
-    def column(self, values_of_blocks):
-        """The values of the rows' blocks, one below the other."""
-        return ops.expand_dims(ops.take(values_of_blocks, self._blocks), 1)
-
-    def divisors(self, calls, scale):
-        """A column of what makes means for a loss that isn't scaled of sums."""
-        divisors = self.column(ops.maximum(calls, 1))
-        if scale == 1:
-            return divisors
-        return divisors * (1 + (scale**2 - 1) * self._has_scale)
-
-    def epsilons(self, epsilon):
-        """A column of what is added to that which normalizes."""
-        return epsilon * self._epsilon_scales if epsilon else 0.0
+        shape = self.rows.stop - self.rows.start, self.length
+        entries = vector[self.start : self.start + math.prod(shape)]
+        return backend.reshape(entries, shape)
 
 
 def _normalize(x, epsilon, normalization, is_one):
@@ -394,6 +395,10 @@ def _normalize(x, epsilon, normalization, is_one):
     high = ops.max(x, axis=1, keepdims=True)
     is_finite = ops.all(ops.isfinite(x), axis=1)
     return factors.min_max(x, epsilon, low, high), is_finite
+
+
+def _flat(tensor):
+    return backend.reshape(tensor, (-1,))
 
 
 def _matrix(lists):

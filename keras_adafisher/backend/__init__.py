@@ -32,6 +32,7 @@ from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_over_replicas
+from keras_adafisher.backend.common import take
 from keras_adafisher.backend.common import tap
 from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import window_mean
@@ -68,6 +69,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
+    from keras_adafisher.backend.torch import take
     from keras_adafisher.backend.torch import tap
     from keras_adafisher.backend.torch import window_mean
     from keras_adafisher.backend.torch import write_requests
@@ -100,6 +102,7 @@ __all__ = [
     "reshape",
     "step_number",
     "sum_over_replicas",
+    "take",
     "tap",
     "window_mean",
     "write_requests",

@@ -256,6 +256,11 @@ def reshape(x, shape):
     return ops.reshape(x, shape)
 
 
+def take(x, indices):
+    """`keras.ops.take`, along the first axis, of indices that are in range."""
+    return ops.take(x, indices, axis=0)
+
+
 def count_ids(ids, size):
     """How often each id from 0 to `size - 1` occurs. Others don't count.
 
