@@ -53,7 +53,13 @@ class Curvature:
         """One of the running factors, a tensor. `None` if there is none."""
         if name not in self.places:
             return None
-        return backend.part(self.vector, *self.places[name], self._views)
+        start, shape = self.places[name]
+        return backend.view(
+            self.vector,
+            lambda vector: _part(vector, start, shape, self.vector),
+            self._views,
+            name,
+        )
 
     @property
     def activation(self):
@@ -234,9 +240,14 @@ class Factors:
         calls = []
         totals = {}
         for number, curvature in enumerate(self.curvatures):
-            count, activation, gradient = answers.get(
-                id(curvature.probe)
-            ) or map(ops.zeros, curvature.probe.shapes.values())
+            probe = curvature.probe
+            answer = answers.get(id(probe))
+            if answer is None:
+                answer = map(ops.zeros, probe.shapes.values())
+            # Not gathered on steps that don't measure.
+            count, activation, gradient = map(
+                backend.keep_layout, answer, probe.inputs
+            )
             gradient, bias_gradient = curvature.block.split_gradient(gradient)
             calls.append(count)
             totals[number, "activation"] = activation
@@ -244,7 +255,8 @@ class Factors:
             totals[number, "one"] = count
             totals[number, "bias_gradient"] = bias_gradient
         parts = [_flat(totals[place]) for place in self._order]
-        return ops.concatenate([ops.stack(calls), *parts])
+        answers = ops.concatenate([ops.stack(calls), *parts])
+        return backend.keep_layout(answers, self.vector)
 
     def add(self, answers, is_last):
         """Add what was measured to that of the update's earlier steps.
@@ -286,7 +298,7 @@ class Factors:
         is_finite = []
         for matrix in self._matrices:
             x, finite = _normalize(
-                matrix.of(totals) / divisors[matrix.rows],
+                matrix.of(totals, self.vector) / divisors[matrix.rows],
                 epsilons[matrix.rows] if epsilon else 0.0,
                 self._normalization,
                 matrix.is_one,
@@ -303,7 +315,7 @@ class Factors:
         vector = ops.convert_to_tensor(self.vector)
         result = []
         for matrix, x in zip(self._matrices, new, strict=True):
-            old = matrix.of(vector)
+            old = matrix.of(vector, self.vector)
             x = factors.running_average(old, x, gamma_1, gamma_2)
             result.append(_flat(ops.where(is_usable[matrix.rows], x, old)))
         return ops.concatenate(result)
@@ -375,11 +387,10 @@ class _Matrix:
     length: int
     is_one: bool
 
-    def of(self, vector):
-        """The matrix."""
+    def of(self, vector, variable):
+        """The matrix. `vector` is laid out over devices like `variable`."""
         shape = self.rows.stop - self.rows.start, self.length
-        entries = vector[self.start : self.start + math.prod(shape)]
-        return backend.reshape(entries, shape)
+        return _part(vector, self.start, shape, variable)
 
 
 def _normalize(x, epsilon, normalization, is_one):
@@ -395,6 +406,15 @@ def _normalize(x, epsilon, normalization, is_one):
     high = ops.max(x, axis=1, keepdims=True)
     is_finite = ops.all(ops.isfinite(x), axis=1)
     return factors.min_max(x, epsilon, low, high), is_finite
+
+
+def _part(vector, start, shape, variable):
+    """Neighbouring entries of a vector, as a tensor of some shape."""
+    entries = vector[start : start + math.prod(shape)]
+    # Otherwise JAX' compiler splits the vector like what it is used with, and
+    # sends the entries to where they belong at each step.
+    entries = backend.keep_layout(entries, variable)
+    return backend.reshape(entries, shape)
 
 
 def _flat(tensor):

@@ -41,6 +41,7 @@ def probe(block):
     return types.SimpleNamespace(
         block=block,
         is_tapped=True,
+        inputs=[None] * 3,
         shapes=dict(
             zip(("request", "activation", "gradient"), shapes, strict=True)
         ),

@@ -27,7 +27,6 @@ from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import open_tap
-from keras_adafisher.backend.common import part
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import step_number
@@ -35,6 +34,7 @@ from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import take
 from keras_adafisher.backend.common import tap
 from keras_adafisher.backend.common import Updater
+from keras_adafisher.backend.common import view
 from keras_adafisher.backend.common import window_mean
 from keras_adafisher.backend.common import write_requests
 
@@ -65,12 +65,12 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import make_inputs
     from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import open_tap
-    from keras_adafisher.backend.torch import part
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import take
     from keras_adafisher.backend.torch import tap
+    from keras_adafisher.backend.torch import view
     from keras_adafisher.backend.torch import window_mean
     from keras_adafisher.backend.torch import write_requests
     from keras_adafisher.backend.torch_update import Updater
@@ -97,13 +97,13 @@ __all__ = [
     "make_inputs",
     "mean_square",
     "open_tap",
-    "part",
     "pointwise_conv",
     "reshape",
     "step_number",
     "sum_over_replicas",
     "take",
     "tap",
+    "view",
     "window_mean",
     "write_requests",
 ]

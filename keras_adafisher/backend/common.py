@@ -1,7 +1,6 @@
 """What a backend does that needs no exception."""
 
 import contextlib
-import math
 
 import numpy as np
 from keras import ops
@@ -207,17 +206,16 @@ def tap(z, h, probe, default):
     return default(z, h, probe)
 
 
-def part(variable, start, shape, views):
-    """Neighbouring entries of a vector, as a tensor of some shape.
+def view(variable, make, views, name):
+    """What a function makes of a variable's value, which it only looks at.
 
     Args:
-        variable: `keras.Variable` with one axis.
-        start: Integer, the first entry.
-        shape: Tuple of integers.
+        variable: `keras.Variable`.
+        make: Callable that takes a tensor and returns a view of it.
         views: Dict, the caller's, in which to keep what stays valid.
+        name: String, a key of `views`.
     """
-    vector = ops.convert_to_tensor(variable)
-    return ops.reshape(vector[start : start + math.prod(shape)], shape)
+    return make(ops.convert_to_tensor(variable))
 
 
 def cond(pred, true_fn, false_fn):

@@ -129,17 +129,16 @@ def constant(values, dtype):
     return ops.convert_to_tensor(values, dtype)
 
 
-def part(variable, start, shape, views):
-    # A view follows what is assigned to the variable, in place. It is made
-    # again where the variable has another tensor: in a stateless call.
+def view(variable, make, views, name):
+    # It follows what is assigned to the variable, in place, and is made again
+    # where the variable has another tensor: in a stateless call.
     value = variable.value
     if views.get("of") is not value:
         views.clear()
         views["of"] = value
-    if start not in views:
-        entries = value.detach()[start : start + math.prod(shape)]
-        views[start] = entries.view(shape)
-    return views[start]
+    if name not in views:
+        views[name] = make(value.detach())
+    return views[name]
 
 
 def is_requested(request):
