@@ -41,8 +41,8 @@ def test_model_parallel():
     assert result["difference"] <= 2e-6
     # The mean squares of the split parameters' steps.
     assert result["extra_collectives_other"] == 1
-    # Besides those of the layers, what the split ones measured, put together for
-    # the factors, which each device has.
+    # Besides those of the layers, what the split ones measured is gathered:
+    # each device has all factors.
     assert result["inside"] == {"all-reduce": 2 * 4, "all-gather": 5}
     assert result["extra_bytes"] < 4 * 2 * 496
 
