@@ -101,6 +101,7 @@ def parse_arguments(description, tasks=()):
     parser.add_argument("--results", type=pathlib.Path)
     if tasks:
         parser.add_argument("--tasks", nargs="+", choices=tasks)
+        parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.results is None:
         arguments.results = ROOT / "benchmarks" / "results" / arguments.level
