@@ -4,10 +4,10 @@
 
 Three comparisons, each with every optimizer of `RIVALS`:
 
-- tuned: five learning rates on one seed, the best by validation loss, then
-  three fresh seeds of it. All have the seconds that Adam takes for the task's
-  epochs: who takes longer for a step has fewer of them, and a cosine schedule
-  that is as much shorter.
+- tuned: five learning rates on one seed, the best of them by validation loss
+  with less momentum too, then three fresh seeds of the best. All have the
+  seconds that Adam takes for the task's epochs: who takes longer for a step
+  has fewer of them, and a cosine schedule that is as much shorter.
 - defaults: the optimizer as it is without arguments, without a schedule.
 - robust: learning rates over four decades and three batch sizes, on the small
   tasks.
@@ -39,27 +39,34 @@ from benchmarks.quality_tasks import TASKS  # isort: skip
 from benchmarks.training import Trainer  # isort: skip
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# From a name to a function that makes the optimizer with its defaults, and to
-# the five learning rates that it is tuned over.
+# From a name to a function that makes the optimizer with its defaults, the
+# five learning rates that it is tuned over, and what it calls its momentum.
 RIVALS = {
     # Its default has no momentum, which nobody would use it without.
     "SGD": (
         functools.partial(keras.optimizers.SGD, momentum=0.9),
         (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "momentum",
     ),
-    "Adam": (keras.optimizers.Adam, ADAM_RATES),
-    "AdamW": (keras.optimizers.AdamW, ADAM_RATES),
-    "Nadam": (keras.optimizers.Nadam, ADAM_RATES),
-    "Muon": (keras.optimizers.Muon, ADAM_RATES),
-    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    "ScheduleFreeAdamW": (keras.optimizers.ScheduleFreeAdamW, ADAM_RATES),
+    "Adam": (keras.optimizers.Adam, ADAM_RATES, "beta_1"),
+    "AdamW": (keras.optimizers.AdamW, ADAM_RATES, "beta_1"),
+    "Nadam": (keras.optimizers.Nadam, ADAM_RATES, "beta_1"),
+    "Muon": (keras.optimizers.Muon, ADAM_RATES, "momentum"),
+    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "beta_1"),
+    "ScheduleFreeAdamW": (
+        keras.optimizers.ScheduleFreeAdamW,
+        ADAM_RATES,
+        "beta_1",
+    ),
     "AdaFisher, as published": (
         published,
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "beta",
     ),
-    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES),
-    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES),
+    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES, "beta"),
+    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES, "beta"),
 }
+LESS_MOMENTUM = 0.8
 OURS = ("AdaFisher", "AdaFisherW")
 # It has no use for a schedule: that is what it is for.
 CONSTANT = ("ScheduleFreeAdamW",)
@@ -128,9 +135,12 @@ def task_of(name):
 
 
 @functools.cache
-def trainer(name, rival, batch_size=None):
+def trainer(name, rival, batch_size=None, momentum=None):
     """One for each program: compiling takes longer than most runs."""
-    return Trainer(task_of(name), RIVALS[rival][0], batch_size)
+    make, _, argument = RIVALS[rival]
+    if momentum is not None:
+        make = functools.partial(make, **{argument: momentum})
+    return Trainer(task_of(name), make, batch_size)
 
 
 def schedule_of(rival):
@@ -171,26 +181,32 @@ def step_ratios(name, rounds=7):
 
 
 def tuned(name, rival, ratio, level):
-    """Find the learning rate, then train three fresh seeds with it."""
+    """Find the best trial, then train three fresh seeds of it."""
     task = task_of(name)
-    program = trainer(name, rival)
-
-    def run(rate, seed):
-        return program.run(rate, seed, parts, schedule_of(rival))
-
     # In units of the time between two evaluations.
     parts = max(1, round(task.epochs * task.evaluations / ratio))
     rates = RIVALS[rival][1]
     seeds = (1, 2, 3)
     if level == "tiny":
         rates, seeds, parts = rates[1:3], (1,), min(parts, 2)
-    trials = {rate: run(rate, 0).lowest for rate in rates}
-    best = min(rates, key=trials.get)
+
+    def run(trial, seed):
+        rate, momentum = trial
+        return trainer(name, rival, momentum=momentum).run(
+            rate, seed, parts, schedule_of(rival)
+        )
+
+    # `None`: the default.
+    trials = {(rate, None): run((rate, None), 0).lowest for rate in rates}
+    rate, _ = min(trials, key=trials.get)
+    trials[rate, LESS_MOMENTUM] = run((rate, LESS_MOMENTUM), 0).lowest
+    best = min(trials, key=trials.get)
     return {
-        "learning_rate": best,
-        "trials": {str(rate): loss for rate, loss in trials.items()},
+        "learning_rate": best[0],
+        "momentum": best[1],
+        "trials": [[*trial, loss] for trial, loss in trials.items()],
         "parts": parts,
-        "steps": program.steps,
+        "steps": trainer(name, rival).steps,
         "runs": [as_row(run(best, seed)) for seed in seeds],
     }
 
