@@ -242,7 +242,7 @@ def robust(name, rival, level):
                 program.run(rate, seed, schedule="constant") for seed in seeds
             ]
             cells[f"{program.batch_size}/{rate:.3g}"] = [
-                [run.lowest, diverges(run)] for run in runs
+                [short(run.lowest), diverges(run)] for run in runs
             ]
     return {"cells": cells}
 
@@ -253,17 +253,17 @@ def diverges(run):
 
 
 def as_row(run):
-    """What the page needs of a run, with four digits."""
-
-    def short(values):
-        return [float(f"{value:.5g}") for value in values]
-
+    """What the page needs of a run."""
     return {
-        "train": short(run.train),
-        "validation": short(run.validation),
-        "test_score": run.test_score,
+        "validation": [short(loss) for loss in run.validation],
+        "test_score": short(run.test_score),
         "diverges": diverges(run),
     }
+
+
+def short(value):
+    """Five digits: the files are kept in the repository."""
+    return float(f"{value:.5g}")
 
 
 if __name__ == "__main__":

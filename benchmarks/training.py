@@ -22,13 +22,12 @@ class Run:
     """What a training run left.
 
     Attributes:
-        train, validation: Lists of losses, one for each evaluation.
+        validation: List of losses, one for each evaluation.
         lowest: The lowest validation loss, `inf` if none is finite.
         test_score: The score then, as early stopping with the best weights
             restored would have it. NaN if no validation loss is finite.
     """
 
-    train: list
     validation: list
     lowest: float = float("inf")
     test_score: float = float("nan")
@@ -90,12 +89,11 @@ class Trainer:
             rates *= cosine(rates.size).reshape(rates.shape)
         state = self.fresh_state(seed)
         batches = self.batches(seed)
-        run = Run([], [])
+        run = Run([])
         _, validation, test = self._data
         for part in range(parts):
             order = jnp.asarray([next(batches) for _ in range(self.steps)])
-            state, loss = self._part(state, order, rates[part])
-            run.train.append(float(loss))
+            state = self._part(state, order, rates[part])
             loss = float(self._evaluate(*state[:2], *validation)[0])
             run.validation.append(loss)
             if loss < run.lowest:
@@ -126,7 +124,7 @@ class Trainer:
     def steps_from(self, state, order, learning_rate):
         """Train for as many steps as `order` has rows, and get the state."""
         rates = np.full(len(order), learning_rate, "float32")
-        return self._part(state, order, rates)[0]
+        return self._part(state, order, rates)
 
     def fresh_state(self, seed):
         """Values of the weights, the other variables and the optimizer's."""
@@ -158,18 +156,17 @@ class Trainer:
         def step(state, now):
             rate, rows = now
             trainable, other, optimizer = state
-            (loss, other), gradients = jax.value_and_grad(
-                loss_of, has_aux=True
-            )(trainable, other, x[rows], y[rows])
+            gradients, other = jax.grad(loss_of, has_aux=True)(
+                trainable, other, x[rows], y[rows]
+            )
             optimizer = list(optimizer)
             optimizer[self._rate] = rate
             trainable, optimizer = self.optimizer.stateless_apply(
                 optimizer, gradients, trainable
             )
-            return (list(trainable), list(other), list(optimizer)), loss
+            return (list(trainable), list(other), list(optimizer)), None
 
-        state, losses = jax.lax.scan(step, state, (rates, order))
-        return state, jnp.mean(losses)
+        return jax.lax.scan(step, state, (rates, order))[0]
 
     def _score(self, trainable, other, x, y):
         outputs, _ = self.model.stateless_call(

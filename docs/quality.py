@@ -167,9 +167,9 @@ def mean_scores(data, kind):
     return {r: m if math.isfinite(m) else -math.inf for r, m in means.items()}
 
 
-def mean_curve(row, what="validation"):
+def mean_curve(row):
     """The mean over seeds, as far as all of them go."""
-    curves = [run[what] for run in row["runs"]]
+    curves = [run["validation"] for run in row["runs"]]
     return np.mean([c[: min(map(len, curves))] for c in curves], axis=0)
 
 
