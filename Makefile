@@ -86,8 +86,9 @@ bench bench-quick: $(VENV)/.test
 	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 
-# Writes docs/quality.md, in an hour on two cores. What an interrupted run has
-# measured is kept.
+# Writes docs/quality.md. What was measured before is kept, also what the
+# repository has: that is how an interrupted run goes on. To measure all anew, in
+# less than an hour on two cores: `make quality BENCH_ARGS=--fresh`.
 quality: BENCH_LEVEL := full
 quality: BENCH_OUTPUT := docs
 

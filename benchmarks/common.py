@@ -77,7 +77,7 @@ class Results:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Never half a file.
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.data, indent=1))
+            temporary.write_text(json.dumps(self.data, separators=(",", ":")))
             temporary.replace(self._path)
         print(f"{self._path.stem}: {name}: {rows[name]}", flush=True)
 
@@ -101,6 +101,7 @@ def parse_arguments(description, tasks=()):
     parser.add_argument("--results", type=pathlib.Path)
     if tasks:
         parser.add_argument("--tasks", nargs="+", choices=tasks)
+        parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.results is None:
         arguments.results = ROOT / "benchmarks" / "results" / arguments.level

@@ -4,10 +4,10 @@
 
 Three comparisons, each with every optimizer of `RIVALS`:
 
-- tuned: five learning rates on one seed, the best by validation loss, then
-  three fresh seeds of it. All have the seconds that Adam takes for the task's
-  epochs: who takes longer for a step has fewer of them, and a cosine schedule
-  that is as much shorter.
+- tuned: five learning rates on one seed, the best of them by validation loss
+  with less momentum too, then three fresh seeds of the best. All have the
+  seconds that Adam takes for the task's epochs: who takes longer for a step
+  has fewer of them, and a cosine schedule that is as much shorter.
 - defaults: the optimizer as it is without arguments, without a schedule.
 - robust: learning rates over four decades and three batch sizes, on the small
   tasks.
@@ -18,8 +18,11 @@ in seconds of the processor.
 docs/quality.py makes the page.
 """
 
+import concurrent.futures
 import functools
 import statistics
+import subprocess
+import sys
 import time
 
 from benchmarks.common import parse_arguments
@@ -36,31 +39,43 @@ from benchmarks.quality_tasks import TASKS  # isort: skip
 from benchmarks.training import Trainer  # isort: skip
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# From a name to a function that makes the optimizer with its defaults, and to
-# the five learning rates that it is tuned over.
+# From a name to a function that makes the optimizer with its defaults, the
+# five learning rates that it is tuned over, and what it calls its momentum.
 RIVALS = {
     # Its default has no momentum, which nobody would use it without.
     "SGD": (
         functools.partial(keras.optimizers.SGD, momentum=0.9),
         (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "momentum",
     ),
-    "Adam": (keras.optimizers.Adam, ADAM_RATES),
-    "AdamW": (keras.optimizers.AdamW, ADAM_RATES),
-    "Nadam": (keras.optimizers.Nadam, ADAM_RATES),
-    "Muon": (keras.optimizers.Muon, ADAM_RATES),
-    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    "ScheduleFreeAdamW": (keras.optimizers.ScheduleFreeAdamW, ADAM_RATES),
+    "Adam": (keras.optimizers.Adam, ADAM_RATES, "beta_1"),
+    "AdamW": (keras.optimizers.AdamW, ADAM_RATES, "beta_1"),
+    "Nadam": (keras.optimizers.Nadam, ADAM_RATES, "beta_1"),
+    "Muon": (keras.optimizers.Muon, ADAM_RATES, "momentum"),
+    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "beta_1"),
+    "ScheduleFreeAdamW": (
+        keras.optimizers.ScheduleFreeAdamW,
+        ADAM_RATES,
+        "beta_1",
+    ),
     "AdaFisher, as published": (
         published,
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "beta",
     ),
-    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES),
-    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES),
+    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES, "beta"),
+    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES, "beta"),
 }
+LESS_MOMENTUM = 0.8
 OURS = ("AdaFisher", "AdaFisherW")
 # It has no use for a schedule: that is what it is for.
 CONSTANT = ("ScheduleFreeAdamW",)
 SMALL = ("digits", "cancer", "diabetes")
+# So that two processes end at about the same time.
+LARGEST_FIRST = (
+    *("gpt", "vit", "cnn", "autoencoder", "tuning", "lstm", "mlp"),
+    *SMALL,
+)
 ROBUST_RATES = [10.0**x for x in np.arange(-5, 0.01, 0.5)]
 ROBUST_BATCHES = (16, 64, 256)
 
@@ -73,31 +88,45 @@ def main():
             "Set KERAS_BACKEND=jax."
         )
     of_level = {"full": TASKS, "quick": SMALL, "tiny": SMALL[-1:]}
-    for name in arguments.tasks or of_level[arguments.level]:
-        # A file for each task, so that tasks can run side by side.
-        results = Results(f"quality-{name}", arguments)
-        results.add("step", lambda name=name: step_ratios(name))
-        ratios = results.data["rows"]["step"]
-        for rival in RIVALS:
-            results.add(
-                f"tuned: {rival}",
-                lambda name=name, rival=rival, ratio=ratios[rival]: tuned(
-                    name, rival, ratio["median"], arguments.level
+    names = arguments.tasks or of_level[arguments.level]
+    if len(names) == 1:
+        measure(names[0], arguments)
+        return
+    # A process for each, and as many at once as there are cores to spare.
+    names = sorted(names, key=LARGEST_FIRST.index)
+    with concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
+        codes = list(
+            pool.map(
+                lambda name: subprocess.call(
+                    [sys.executable, *sys.argv, "--tasks", name]
                 ),
+                names,
             )
+        )
+    failed = [name for name, code in zip(names, codes, strict=True) if code]
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}")
+
+
+def measure(name, arguments):
+    """Add all rows of a task to its file."""
+    level = arguments.level
+    results = Results(f"quality-{name}", arguments)
+    results.add("step", lambda: step_ratios(name))
+    ratios = results.data["rows"]["step"]
+    comparisons = {
+        "tuned": lambda rival: tuned(
+            name, rival, ratios[rival]["median"], level
+        ),
+        "defaults": lambda rival: defaults(name, rival, level),
+    }
+    if name in SMALL:
+        comparisons["robust"] = lambda rival: robust(name, rival, level)
+    for rival in RIVALS:
+        for comparison, rows in comparisons.items():
             results.add(
-                f"defaults: {rival}",
-                lambda name=name, rival=rival: defaults(
-                    name, rival, arguments.level
-                ),
+                f"{comparison}: {rival}", functools.partial(rows, rival)
             )
-            if name in SMALL:
-                results.add(
-                    f"robust: {rival}",
-                    lambda name=name, rival=rival: robust(
-                        name, rival, arguments.level
-                    ),
-                )
 
 
 @functools.cache
@@ -106,22 +135,28 @@ def task_of(name):
 
 
 @functools.cache
-def trainer(name, rival, schedule, batch_size=None):
+def trainer(name, rival, batch_size=None, momentum=None):
     """One for each program: compiling takes longer than most runs."""
-    return Trainer(task_of(name), RIVALS[rival][0], schedule, batch_size)
+    make, _, argument = RIVALS[rival]
+    if momentum is not None:
+        make = functools.partial(make, **{argument: momentum})
+    return Trainer(task_of(name), make, batch_size)
 
 
 def schedule_of(rival):
     return "constant" if rival in CONSTANT else "cosine"
 
 
-def step_ratios(name, rounds=7, steps=20):
+def step_ratios(name, rounds=7):
     """The time of a step next to Adam's, which is in "Adam" in seconds."""
     times = {rival: [] for rival in RIVALS}
     states = {}
     for turn in range(rounds + 1):
         for rival in RIVALS:
-            program = trainer(name, rival, schedule_of(rival))
+            program = trainer(name, rival)
+            # Where an epoch is short, starting the program would count more
+            # than its steps.
+            steps = 500 if name in SMALL else program.steps
             if turn == 0:
                 states[rival] = program.fresh_state(seed=0)
             batches = program.batches(seed=turn)
@@ -146,36 +181,49 @@ def step_ratios(name, rounds=7, steps=20):
 
 
 def tuned(name, rival, ratio, level):
-    """Find the learning rate, then train three fresh seeds with it."""
+    """Find the best trial, then train three fresh seeds of it."""
     task = task_of(name)
-    program = trainer(name, rival, schedule_of(rival))
     # In units of the time between two evaluations.
     parts = max(1, round(task.epochs * task.evaluations / ratio))
     rates = RIVALS[rival][1]
     seeds = (1, 2, 3)
     if level == "tiny":
         rates, seeds, parts = rates[1:3], (1,), min(parts, 2)
-    trials = {rate: program.run(rate, 0, parts) for rate in rates}
-    best = min(rates, key=lambda rate: lowest(trials[rate]))
+
+    def run(trial, seed):
+        rate, momentum = trial
+        return trainer(name, rival, momentum=momentum).run(
+            rate, seed, parts, schedule_of(rival)
+        )
+
+    # `None`: the default.
+    trials = {(rate, None): run((rate, None), 0).lowest for rate in rates}
+    rate, _ = min(trials, key=trials.get)
+    trials[rate, LESS_MOMENTUM] = run((rate, LESS_MOMENTUM), 0).lowest
+    best = min(trials, key=trials.get)
     return {
-        "learning_rate": best,
-        "trials": {str(rate): lowest(run) for rate, run in trials.items()},
+        "learning_rate": best[0],
+        "momentum": best[1],
+        "trials": [[*trial, loss] for trial, loss in trials.items()],
         "parts": parts,
-        "steps": program.steps,
-        "runs": [as_row(program.run(best, seed, parts)) for seed in seeds],
+        "steps": trainer(name, rival).steps,
+        "runs": [as_row(run(best, seed)) for seed in seeds],
     }
 
 
 def defaults(name, rival, level):
     """Train with what the constructor gives, at a constant rate."""
-    program = trainer(name, rival, "constant")
-    seeds = range(10, 20 if rival in OURS and name in SMALL else 13)
+    program = trainer(name, rival)
+    seeds = range(10, 20 if rival in OURS else 13)
     if level == "tiny":
         seeds = (10,)
     rate = float(program.optimizer.learning_rate)
     return {
         "learning_rate": rate,
-        "runs": [as_row(program.run(rate, seed)) for seed in seeds],
+        "runs": [
+            as_row(program.run(rate, seed, schedule="constant"))
+            for seed in seeds
+        ],
     }
 
 
@@ -188,19 +236,15 @@ def robust(name, rival, level):
     cells = {}
     for batch in batches:
         size = () if batch is None else (batch,)
-        program = trainer(name, rival, "constant", *size)
+        program = trainer(name, rival, *size)
         for rate in rates:
+            runs = [
+                program.run(rate, seed, schedule="constant") for seed in seeds
+            ]
             cells[f"{program.batch_size}/{rate:.3g}"] = [
-                [lowest(run), diverges(run)]
-                for run in (program.run(rate, seed) for seed in seeds)
+                [short(run.lowest), diverges(run)] for run in runs
             ]
     return {"cells": cells}
-
-
-def lowest(run):
-    """The lowest validation loss that a run had, `inf` if none is finite."""
-    values = [v for v in run.validation if np.isfinite(v)]
-    return min(values, default=float("inf"))
 
 
 def diverges(run):
@@ -209,20 +253,17 @@ def diverges(run):
 
 
 def as_row(run):
-    """What the page needs of a run, with four digits."""
-
-    def short(values):
-        return [float(f"{value:.5g}") for value in values]
-
-    best = int(np.nanargmin([*run.validation, np.inf]))
-    best = min(best, len(run.validation) - 1)
+    """What the page needs of a run."""
     return {
-        "train": short(run.train),
-        "validation": short(run.validation),
-        # As early stopping with the best weights restored would have it.
-        "test_score": run.test_score[best],
+        "validation": [short(loss) for loss in run.validation],
+        "test_score": short(run.test_score),
         "diverges": diverges(run),
     }
+
+
+def short(value):
+    """Five digits: the files are kept in the repository."""
+    return float(f"{value:.5g}")
 
 
 if __name__ == "__main__":

@@ -22,33 +22,38 @@ class Run:
     """What a training run left.
 
     Attributes:
-        train, validation: Lists of losses, one for each evaluation.
-        test_score: List of scores, one for each evaluation.
+        validation: List of losses, one for each evaluation.
+        lowest: The lowest validation loss, `inf` if none is finite.
+        test_score: The score then, as early stopping with the best weights
+            restored would have it. NaN if no validation loss is finite.
     """
 
-    train: list
     validation: list
-    test_score: list
+    lowest: float = float("inf")
+    test_score: float = float("nan")
+
+
+def cosine(steps):
+    """Each step's share of the learning rate: a warm-up, then a cosine."""
+    numbers = np.arange(steps)
+    warm_up = np.minimum(1, (numbers + 1) / (WARM_UP * steps))
+    return warm_up * 0.5 * (1 + np.cos(np.pi * numbers / steps))
 
 
 class Trainer:
     """Train one task with one optimizer, at any learning rate and seed.
 
-    All runs share one compiled program.
+    All runs share one compiled program: the schedule is an argument of it.
 
     Args:
         task: `QualityTask`.
         make_optimizer: Function without arguments.
-        schedule: "cosine" or "constant".
         batch_size: Integer. Defaults to the task's.
     """
 
-    def __init__(
-        self, task, make_optimizer, schedule="cosine", batch_size=None
-    ):
+    def __init__(self, task, make_optimizer, batch_size=None):
         self.task = task
         self.make_optimizer = make_optimizer
-        self.schedule = schedule
         self.batch_size = batch_size or task.batch_size
         self.model, self.optimizer = self._make(seed=0)
         self._rate = [
@@ -64,7 +69,7 @@ class Trainer:
         # Between two evaluations.
         self.steps = len(task.train.x) // self.batch_size // task.evaluations
 
-    def run(self, learning_rate, seed, parts=None):
+    def run(self, learning_rate, seed, parts=None, schedule="cosine"):
         """Train from fresh weights.
 
         Args:
@@ -73,27 +78,28 @@ class Trainer:
             parts: Integer, how often to train for as many steps as lie between
                 two evaluations. The schedule is made for it. Defaults to the
                 task's epochs.
+            schedule: "cosine" or "constant".
 
         Returns:
             `Run`.
         """
         parts = parts or self.task.epochs * self.task.evaluations
-        total = parts * self.steps
+        rates = np.full((parts, self.steps), learning_rate, "float32")
+        if schedule == "cosine":
+            rates *= cosine(rates.size).reshape(rates.shape)
         state = self.fresh_state(seed)
         batches = self.batches(seed)
-        run = Run([], [], [])
+        run = Run([])
+        _, validation, test = self._data
         for part in range(parts):
             order = jnp.asarray([next(batches) for _ in range(self.steps)])
-            state, loss = self._part(
-                state, order, part * self.steps, total, learning_rate
-            )
-            run.train.append(float(loss))
-            _, validation, test = self._data
-            loss, _ = self._evaluate(*state[:2], *validation)
-            run.validation.append(float(loss))
-            _, score = self._evaluate(*state[:2], *test)
-            run.test_score.append(float(score))
-            if not np.isfinite(run.validation[-1]):
+            state = self._part(state, order, rates[part])
+            loss = float(self._evaluate(*state[:2], *validation)[0])
+            run.validation.append(loss)
+            if loss < run.lowest:
+                run.lowest = loss
+                run.test_score = float(self._evaluate(*state[:2], *test)[1])
+            if not np.isfinite(loss):
                 break
         return run
 
@@ -117,7 +123,8 @@ class Trainer:
 
     def steps_from(self, state, order, learning_rate):
         """Train for as many steps as `order` has rows, and get the state."""
-        return self._part(state, order, 0, len(order), learning_rate)[0]
+        rates = np.full(len(order), learning_rate, "float32")
+        return self._part(state, order, rates)
 
     def fresh_state(self, seed):
         """Values of the weights, the other variables and the optimizer's."""
@@ -137,7 +144,7 @@ class Trainer:
             )
         )
 
-    def _run_part(self, state, order, first, total, learning_rate):
+    def _run_part(self, state, order, rates):
         x, y = self._data[0]
 
         def loss_of(trainable, other, x, y):
@@ -147,29 +154,19 @@ class Trainer:
             return self.task.loss(y, outputs), other
 
         def step(state, now):
-            number, rows = now
+            rate, rows = now
             trainable, other, optimizer = state
-            (loss, other), gradients = jax.value_and_grad(
-                loss_of, has_aux=True
-            )(trainable, other, x[rows], y[rows])
+            gradients, other = jax.grad(loss_of, has_aux=True)(
+                trainable, other, x[rows], y[rows]
+            )
             optimizer = list(optimizer)
-            optimizer[self._rate] = self._rate_at(number, total, learning_rate)
+            optimizer[self._rate] = rate
             trainable, optimizer = self.optimizer.stateless_apply(
                 optimizer, gradients, trainable
             )
-            return (list(trainable), list(other), list(optimizer)), loss
+            return (list(trainable), list(other), list(optimizer)), None
 
-        numbers = first + jnp.arange(len(order))
-        state, losses = jax.lax.scan(step, state, (numbers, order))
-        return state, jnp.mean(losses)
-
-    def _rate_at(self, number, total, learning_rate):
-        rate = jnp.asarray(learning_rate, "float32")
-        if self.schedule == "constant":
-            return rate
-        share = number / total
-        warm_up = jnp.minimum(1.0, (number + 1) / (WARM_UP * total))
-        return rate * warm_up * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        return jax.lax.scan(step, state, (rates, order))[0]
 
     def _score(self, trainable, other, x, y):
         outputs, _ = self.model.stateless_call(
