@@ -136,15 +136,18 @@ class Factors:
 
     Attributes:
         curvatures: List with the `Curvature` of each block.
-        vector: The variable that has all factors.
         variables: List of the vector and, with `accumulates`, the variable
-            that sums up what the update's steps so far have measured.
+            that sums up what the update's steps so far have measured. There is
+            none without a probe.
+        vector: The first of them.
     """
 
     def __init__(self, probes, normalization, accumulates, add_variable):
         self.curvatures = [Curvature(probe) for probe in probes]
-        parameters = [p for probe in probes for p in probe.block.parameters]
         self._normalization = normalization
+        self.variables = []
+        if not probes:
+            return
         self._find_uses()
         self._lay_out()
         sizes = {"factors": self._size}
@@ -159,7 +162,9 @@ class Factors:
                 aggregation="only_first_replica",
                 # As long as no axis of a parameter is, and so whole on each
                 # device.
-                layout=backend.layout_like(parameters[:1], (size,)),
+                layout=backend.layout_like(
+                    probes[0].block.parameters[:1], (size,)
+                ),
                 name=name,
             )
             for name, size in sizes.items()
@@ -357,17 +362,23 @@ class Factors:
             )
             is_usable = ops.logical_and(is_usable, is_finite[0])
         vector = ops.convert_to_tensor(self.vector)
+
+        def old(start, stop):
+            return _part(vector, start, (stop - start,), self.vector)
+
         parts = []
         end = 0
         for name, (start, shape) in sorted(
             curvature.places.items(), key=lambda item: item[1]
         ):
             stop = start + math.prod(shape)
-            old = vector[start:stop]
-            x = factors.running_average(old, _flat(new[name]), gamma_1, gamma_2)
-            parts += [vector[end:start], ops.where(is_usable, x, old)]
+            before = old(start, stop)
+            after = factors.running_average(
+                before, _flat(new[name]), gamma_1, gamma_2
+            )
+            parts += [old(end, start), ops.where(is_usable, after, before)]
             end = stop
-        return ops.concatenate([*parts, vector[end:]])
+        return ops.concatenate([*parts, old(end, self._size)])
 
 
 @dataclasses.dataclass
@@ -399,7 +410,7 @@ def _normalize(x, epsilon, normalization, is_one):
         return ops.ones_like(x), ops.isfinite(x[:, 0])
     if normalization == "mean":
         mean = ops.mean(x, axis=1, keepdims=True)
-        # As it is unless all entries are.
+        # It isn't if one of the entries isn't.
         is_finite = ops.isfinite(mean[:, 0])
         return factors.mean_scaled(x, epsilon, mean), is_finite
     low = ops.min(x, axis=1, keepdims=True)
