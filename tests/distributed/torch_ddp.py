@@ -112,7 +112,7 @@ def train(
             with torch.no_grad():
                 optimizer.apply(gradients, variables)
         names = collections.Counter(e.name for e in profiler.events())
-        transfers.append(names["gloo:all_reduce"])
+        transfers.append(names["c10d::allreduce_"])
     arrays = [to_numpy(v) for v in (*model.weights, *optimizer.variables)]
     return arrays, transfers, model
 
