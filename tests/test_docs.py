@@ -101,3 +101,28 @@ def test_links_in_the_readme_lead_somewhere():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", readme):
         assert os.path.exists(ROOT / link), link
+
+
+def test_the_versions_of_the_trust_page_are_those_that_are_tested():
+    tested = {
+        "oldest": constraints("constraints-oldest.txt"),
+        "newest": constraints("constraints.txt"),
+    }
+    text = (DOCS / "trust.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w, ]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert rows == [
+        (name, *(tested[age][package] for age in ("oldest", "newest")))
+        for name, package in {
+            "Keras": "keras",
+            "JAX": "jax",
+            "TensorFlow": "tensorflow",
+            "PyTorch": "torch",
+            "matplotlib, for pictures": "matplotlib",
+        }.items()
+    ]
+
+
+def constraints(name):
+    """Dict from each package of a constraints file to its version."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.M))
