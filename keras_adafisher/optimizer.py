@@ -299,6 +299,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
         self._update_number_now = None
+        self._learning_rates = None
         for curvature in self._curvatures:
             for parameter, term in curvature.terms():
                 index = self._index_of(parameter)
@@ -387,6 +388,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         # For the update too.
         self._is_measuring_now = self._is_measuring(step)
         self._update_number_now = self._updates_before(step) + 1
+        self._learning_rates = {}
         try:
             self._update_factors(answers, step)
             for curvature in self._curvatures:
@@ -396,57 +398,74 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             # No tensor of a trace that failed stays here.
             self._is_measuring_now = False
             self._update_number_now = None
+            self._learning_rates = None
         self.ask(is_measuring_next)
 
     def update_step(self, gradient, variable, learning_rate):
         """Update step given gradient and the associated model variable."""
         index = self._get_variable_index(variable)
+        is_factored = bool(self._fisher_terms[index])
+        decay = self.rms_decay if is_factored else self.adam_beta_2
         dtype = keras.backend.result_type(variable.dtype, "float32")
-        step = _past_the_largest(ops.cast(self.iterations + 1, dtype))
+        lr = self._corrected_learning_rate(learning_rate, decay, dtype)
         gradient = ops.cast(gradient, variable.dtype)
 
         m = self._momentums[index]
-        self.assign_add(
-            m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
-        )
+        change = (gradient - ops.convert_to_tensor(m)) * (1 - self.beta)
+        self.assign_add(m, change)
         m = ops.convert_to_tensor(m)
-        weight = 1 - ops.power(ops.cast(self.beta, dtype), step)
         if self.nesterov:
             # The momentum as the next step would have it.
-            ahead = ops.multiply(ops.subtract(gradient, m), 1 - self.beta)
-            m = ops.add(m, ahead)
-            weight = 1 - self.beta * (1 - weight)
-        lr = ops.cast(learning_rate, dtype) / weight
+            m = m + change * self.beta
 
-        if self._fisher_terms[index]:
+        if is_factored:
             self._estimate_factors(index, gradient)
             denominator = self._fisher(index)
-            decay = self.rms_decay
             if decay is not None:
                 # The Fisher diagonal is in single precision, and so is this.
-                square = ops.square(ops.divide(gradient, denominator))
-                square = ops.mean(square)
+                quotient = ops.divide(gradient, denominator)
+                axes = tuple(range(len(quotient.shape)))
+                square = backend.mean_square(quotient, axes)
+                v = self._velocities[index]
+                old = ops.convert_to_tensor(v)
                 # One number for all entries: don't let one batch spoil it.
-                old = ops.convert_to_tensor(self._velocities[index])
-                square = ops.where(ops.isfinite(square), square, old)
+                new = ops.where(
+                    ops.isfinite(square),
+                    old + (square - old) * (1 - decay),
+                    old,
+                )
+                self.assign(v, new)
+                lr = ops.divide(lr, ops.sqrt(new) + self.adam_epsilon)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
-            denominator = 1.0
-            decay = self.adam_beta_2
-            square = ops.square(gradient)
-        if decay is not None:
             v = self._velocities[index]
-            self.assign_add(v, ops.multiply(ops.subtract(square, v), 1 - decay))
-            lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))
-            root = ops.add(ops.sqrt(v), self.adam_epsilon)
-            denominator = ops.multiply(denominator, root)
-        self.assign_sub(
-            variable,
-            ops.divide(
-                ops.multiply(m, ops.cast(lr, variable.dtype)),
-                ops.cast(denominator, variable.dtype),
-            ),
-        )
+            change = ops.square(gradient) - ops.convert_to_tensor(v)
+            self.assign_add(v, change * (1 - decay))
+            denominator = ops.sqrt(v) + self.adam_epsilon
+        # Half precision has no room for the learning rate's quotient.
+        step = ops.divide(ops.multiply(m, lr), denominator)
+        self.assign_sub(variable, ops.cast(step, variable.dtype))
+
+    def _corrected_learning_rate(self, learning_rate, decay, dtype):
+        """The learning rate, corrected for averages that start at zero.
+
+        Args:
+            learning_rate: Tensor.
+            decay: Float or `None`, the decay of the mean square, if any.
+            dtype: String.
+        """
+        # The same for many variables: made once in each `apply`.
+        made = {} if self._learning_rates is None else self._learning_rates
+        if (decay, dtype) not in made:
+            step = _past_the_largest(ops.cast(self.iterations + 1, dtype))
+            weight = 1 - ops.power(ops.cast(self.beta, dtype), step)
+            if self.nesterov:
+                weight = 1 - self.beta * (1 - weight)
+            lr = ops.cast(learning_rate, dtype) / weight
+            if decay is not None:
+                lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))
+            made[decay, dtype] = lr
+        return made[decay, dtype]
 
     def fisher_diagonal(self, variable):
         """The damped Fisher diagonal that a parameter's momentum is divided by.

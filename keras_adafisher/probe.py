@@ -216,63 +216,54 @@ def tap(z, h, probe):
 
 def _tap(z, h, probe):
     """The tap of a backend without one of its own."""
+    block = probe.block
+    shapes = list(probe.shapes.values())
     request, activation, gradient = map(ops.convert_to_tensor, probe.inputs)
-    is_requested = backend.is_requested(request)
     # No backend hands a sparse tensor through a custom gradient. There is no
     # gradient from here: `h` has its own way back through the layer.
     h = ops.stop_gradient(ops.convert_to_tensor(h, sparse=False))
-    # In the forward pass, so that the backward pass doesn't keep `h` alive: a
-    # compiler may have it there in another form only.
-    activation_answer = _activation_answer(
-        probe.block, probe.activation, is_requested, h
-    )
+
+    def measured(h):
+        return backend.keep_layout(
+            block.activation_statistic(h), probe.activation
+        )
+
+    is_early = backend.measures_activations_early()
+    if is_early:
+        (h,) = _if_requested(request, shapes[1:2], lambda h=h: [measured(h)])
 
     @ops.custom_gradient
-    def identity(z, activation_answer, request, activation, gradient):
+    def identity(z, h, request, activation, gradient):
         def grad(*args, upstream=None):
             if upstream is None:
                 # TensorFlow and JAX pass it by position, PyTorch by name.
                 (upstream,) = args
             backend.drop_stale_answer(probe)
-            calls, gradient_answer = _gradient_answer(
-                probe.block,
-                probe.gradient,
-                backend.is_requested(request),
-                upstream,
-            )
-            answers = calls, activation_answer, gradient_answer
-            return (
-                upstream,
-                None,
-                *map(backend.keep_layout, answers, probe.inputs),
-            )
+
+            def answer():
+                s = backend.keep_layout(
+                    block.gradient_statistic(upstream), probe.gradient
+                )
+                one = ops.ones((), "float32")
+                return [one, s] if is_early else [one, measured(h), s]
+
+            if is_early:
+                calls, s = _if_requested(request, shapes[::2], answer)
+                answers = calls, h, s
+            else:
+                answers = _if_requested(request, shapes, answer)
+            answers = map(backend.keep_layout, answers, probe.inputs)
+            return upstream, None, *answers
 
         return z, grad
 
-    return identity(z, activation_answer, request, activation, gradient)
+    return identity(z, h, request, activation, gradient)
 
 
-def _activation_answer(block, like, is_requested, h):
-    """The mean square of `h`, or zeros."""
-
-    def answer():
-        return backend.keep_layout(block.activation_statistic(h), like)
+def _if_requested(request, shapes, answer):
+    """A list that a function returns, or zeros of its shapes."""
 
     def silence():
-        return ops.zeros(block.activation_shape, "float32")
+        return [ops.zeros(shape, "float32") for shape in shapes]
 
-    return backend.cond(is_requested, answer, silence)
-
-
-def _gradient_answer(block, like, is_requested, s):
-    """1 and the mean square of `s`, or zeros."""
-
-    def answer():
-        answer = block.gradient_statistic(s)
-        return ops.ones((), "float32"), backend.keep_layout(answer, like)
-
-    def silence():
-        zeros = ops.zeros(block.gradient_statistic_shape, "float32")
-        return ops.zeros((), "float32"), zeros
-
-    return backend.cond(is_requested, answer, silence)
+    return backend.cond(backend.is_requested(request), answer, silence)

@@ -123,8 +123,8 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "square = ops.mean(square)",
-        "square = ops.max(square)",
+        "lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))",
+        "lr = lr * (1 - ops.power(ops.cast(decay, dtype), step))",
         "test_torch_update",
     ),
     Mutation(
@@ -155,8 +155,8 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "m, ops.multiply(ops.subtract(gradient, m), 1 - self.beta)",
-        "m, ops.multiply(ops.subtract(gradient, m), self.beta)",
+        "change = (gradient - ops.convert_to_tensor(m)) * (1 - self.beta)",
+        "change = (gradient - ops.convert_to_tensor(m)) * self.beta",
         "test_torch_update",
     ),
     Mutation(
@@ -164,6 +164,12 @@ MUTATIONS = [
         "return self._undamped_fisher(index) + self.damping",
         "return self._undamped_fisher(index)",
         "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "m = m + change * self.beta",
+        "m = m + change",
+        "test_torch_update",
     ),
     # When it is measured.
     Mutation(
@@ -326,6 +332,13 @@ MUTATIONS = [
         'if views.get("of") is not value:',
         'if "of" not in views:',
         "test_curvature test_optimizer",
+    ),
+    Mutation(
+        "backend/tensorflow.py",
+        "* (2 / size)",
+        "/ size",
+        "test_optimizer",
+        backend="tensorflow",
     ),
     Mutation(
         TORCH,

@@ -509,6 +509,36 @@ def test_learning_rate_schedules_and_assignment():
     assert_same(weights(model), moved)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_half_precision_take_steps_as_large(dtype):
+    """With small gradients: a learning rate over their root has no room."""
+    moves = []
+    for each in ("float32", dtype):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(3, dtype=each)]
+        )
+        model.compile(keras_adafisher.AdaFisher(1e-2), loss=product_loss)
+        before = weights(model)
+        for step in range(3):
+            rng = np.random.default_rng(step)
+            x = rng.normal(size=(8, 4)).astype("float32")
+            y = 1e-3 * rng.normal(size=(8, 3)).astype("float32")
+            model.train_on_batch(x, y)
+        after = weights(model)
+        assert str(after[0].dtype) == each
+        moves.append(
+            [
+                np.asarray(to_numpy(a), "float64")
+                - np.asarray(to_numpy(b), "float64")
+                for a, b in zip(after, before, strict=True)
+            ]
+        )
+    for expected, actual in zip(*moves, strict=True):
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < {"bfloat16": 0.2, "float16": 0.05}[dtype]
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     x, y = data()

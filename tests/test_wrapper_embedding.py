@@ -145,7 +145,11 @@ def reversible_model(layer, hidden_scale=1.0):
     hidden = layer(inputs)
     logits = layer(hidden_scale * hidden, reverse=True)
     model = keras.Model(inputs, logits)
-    model.compile(optimizer=layer_cases.make_optimizer(), loss=product_loss)
+    model.compile(
+        optimizer=layer_cases.make_optimizer(),
+        loss=product_loss,
+        jit_compile=layer_cases.JIT_COMPILE,
+    )
     return model
 
 

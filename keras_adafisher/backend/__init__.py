@@ -26,6 +26,7 @@ from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import mean_square
+from keras_adafisher.backend.common import measures_activations_early
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
@@ -48,6 +49,8 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import creation_scope
     from keras_adafisher.backend.tensorflow import differentiate
     from keras_adafisher.backend.tensorflow import in_replica
+    from keras_adafisher.backend.tensorflow import mean_square
+    from keras_adafisher.backend.tensorflow import measures_activations_early
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
@@ -96,6 +99,7 @@ __all__ = [
     "layout_like",
     "make_inputs",
     "mean_square",
+    "measures_activations_early",
     "open_tap",
     "pointwise_conv",
     "reshape",

@@ -110,6 +110,15 @@ def is_requested(request):
     return request > 0
 
 
+def measures_activations_early():
+    """Whether a tap measures `h` in the forward pass, not in the backward pass.
+
+    Then the backward pass doesn't keep `h` alive for it: a compiler may have
+    it there in another form only.
+    """
+    return True
+
+
 def write_requests(probes, mask, wanted, bit, assign):
     """Write some bits of requests, and leave the others.
 
@@ -251,7 +260,7 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
 
 def reshape(x, shape):
     """`keras.ops.reshape`, of what isn't symbolic."""
-    return ops.reshape(x, shape)
+    return x if tuple(x.shape) == tuple(shape) else ops.reshape(x, shape)
 
 
 def take(x, indices):

@@ -5,6 +5,8 @@ import contextlib
 import tensorflow as tf
 from keras import ops
 
+from keras_adafisher.backend import common
+
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
@@ -28,6 +30,12 @@ def step_number(iterations):
 def in_replica():
     replica = tf.distribute.get_replica_context()
     return replica is not None and replica.num_replicas_in_sync > 1
+
+
+def measures_activations_early():
+    # A graph is run as it is: layers keep their inputs for the backward pass,
+    # and another `cond` takes time to trace and to run.
+    return False
 
 
 def sum_over_replicas(probes, answers, wanted):
@@ -95,6 +103,14 @@ def _wrong_scope(variable, other):
         f"Received: variable '{variable.path}' with "
         f"strategy={_strategy_of(variable)}, {other}"
     )
+
+
+def mean_square(x, axis):
+    if not x.shape.rank or len(axis) < x.shape.rank:
+        return common.mean_square(x, axis)
+    # Without a tensor of squares.
+    size = tf.cast(tf.size(x), "float32")
+    return tf.nn.l2_loss(tf.cast(x, "float32")) * (2 / size)
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):
