@@ -415,8 +415,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         self.assign_add(m, change)
         m = ops.convert_to_tensor(m)
         if self.nesterov:
-            # The momentum as the next step would have it.
-            m = m + change * self.beta
+            # The momentum as the next step would have it. (Not by way of
+            # `change`, for which a compiler would keep the old momentum.)
+            m = m + (gradient - m) * (1 - self.beta)
 
         if is_factored:
             self._estimate_factors(index, gradient)

@@ -167,7 +167,7 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "m = m + change * self.beta",
+        "m = m + (gradient - m) * (1 - self.beta)",
         "m = m + change",
         "test_torch_update",
     ),

@@ -160,6 +160,7 @@ def test_training_goes_on_after_a_look(tmp_path):
     model = trained_model()
     summary_of(model)
     if BACKEND != "torch":
+        pytest.importorskip("tensorflow")
         export_savedmodel(model, tmp_path / "model")
     train(model, range(3))
     assert_same(state(model), state(expected))
