@@ -6,10 +6,12 @@ the input has, an outer product the square.
 """
 
 import math
+import re
 
 import keras
 import numpy as np
 import pytest
+from models import PLAIN
 
 import keras_adafisher
 from keras_adafisher.wrappers import wrapper_of
@@ -246,3 +248,20 @@ def test_a_compiled_step_keeps_no_activations_for_the_taps(record_property):
     # The inputs of all three convolutions would be 3.01 times as many bytes as
     # one of them has; it is 1.05 times as many.
     assert adafisher - sgd < 1.5 * BATCH * 16 * 16 * 8 * 4
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's own analysis, by JAX")
+@pytest.mark.parametrize("rule", [{}, PLAIN], ids=["default", "published"])
+def test_a_compiled_step_copies_no_parameter(rule):
+    """Weights and momentum change in place: nothing needs the old ones."""
+    from benchmarks.jax_program import compiled_step
+
+    model = keras.Sequential(
+        [keras.Input((64,)), *(keras.layers.Dense(64) for _ in range(3))]
+    )
+    model.compile(optimizer=keras_adafisher.AdaFisher(**rule), loss="mse")
+    x = np.ones((BATCH, 64), "float32")
+    program = compiled_step(model, x, x).as_text()
+    made = re.findall(r"= f32\[64,64\]\S* ([\w-]+)\(", program)
+    assert "dot" in made
+    assert "copy" not in made
