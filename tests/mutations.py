@@ -331,7 +331,7 @@ MUTATIONS = [
         TORCH,
         'if views.get("of") is not value:',
         'if "of" not in views:',
-        "test_curvature test_optimizer",
+        "test_torch",
     ),
     Mutation(
         "backend/tensorflow.py",
@@ -344,7 +344,7 @@ MUTATIONS = [
         TORCH,
         "for part in parts[1:]:",
         "for part in parts[2:]:",
-        "test_statistics",
+        "test_torch",
     ),
     Mutation(
         CURVATURE,

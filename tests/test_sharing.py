@@ -31,7 +31,16 @@ def mlp(name, *sizes):
     return keras.Sequential([keras.Input((first,)), *layers], name=name)
 
 
-def test_a_siamese_model_trains_as_its_tower_on_both_inputs(rng):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        # So that the scale of what is measured matters.
+        {"normalization": "min_max", "epsilon": 0.1},
+    ],
+    ids=["default", "epsilon"],
+)
+def test_a_siamese_model_trains_as_its_tower_on_both_inputs(rule, rng):
     tower = mlp("tower", 4, 3, 2)
     x = rng.normal(size=(12, 2, 4)).astype("float32")
     r = rng.normal(size=(12, 2, 2)).astype("float32")
@@ -39,7 +48,7 @@ def test_a_siamese_model_trains_as_its_tower_on_both_inputs(rng):
 
     def train(model, x, r, batch_size):
         tower.set_weights(start)
-        optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=2, **rule)
         model.compile(optimizer, loss=product_loss, jit_compile=JIT_COMPILE)
         model.fit(
             x, r, batch_size=batch_size, epochs=2, shuffle=False, verbose=0

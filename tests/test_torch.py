@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import keras_adafisher
 from benchmarks.published import PUBLISHED
+from keras_adafisher.backend import torch as torch_backend
 from keras_adafisher.backend import torch_update
 
 WAITS = ("__bool__", "__int__", "__float__", "__index__", "item", "numpy")
@@ -306,3 +307,32 @@ def test_the_parallel_module_whose_forward_runs():
         torch.distributed.destroy_process_group()
     assert seen == [parallel]
     assert parallel.process_group is not None
+
+
+@pytest.mark.parametrize("axis", [(0,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_a_mean_square_in_parts_is_the_mean_of_all_squares(axis, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_PART_SIZE", {"cpu": 32})
+    x = np.random.default_rng(0).normal(size=(9, 5, 7)).astype("float32")
+    actual = torch_backend.mean_square(torch.from_numpy(x), axis).numpy()
+    expected = np.mean(np.square(x.astype("float64")), axis=axis)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_a_stateless_scope_shows_its_own_factors():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    optimizer = keras_adafisher.AdaFisher(damping=0.5)
+    model.compile(optimizer, loss="mse")
+    optimizer.build(model.trainable_variables)
+    kernel = model.weights[0]
+
+    def fisher():
+        return optimizer.fisher_diagonal(kernel).detach().numpy()
+
+    # All factors start at 1.
+    np.testing.assert_allclose(fisher(), 1.5)
+    (factors,) = (v for v in optimizer.variables if v.name == "factors")
+    with keras.StatelessScope([(factors, 2 * factors.value)]):
+        np.testing.assert_allclose(fisher(), 4.5)
+    np.testing.assert_allclose(fisher(), 1.5)
+    factors.assign(3 * factors.value)
+    np.testing.assert_allclose(fisher(), 9.5)
