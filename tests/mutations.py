@@ -87,12 +87,6 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "rows = max(limit * len(first) // first.numel(), 1)",
-        "rows = len(first) - 1",
-        "test_torch_update",
-    ),
-    Mutation(
-        UPDATE,
         "size *= (1 - self.rms_decay**step) ** 0.5",
         "size *= 1 - self.rms_decay**step",
         "test_optimizer",
