@@ -432,7 +432,8 @@ def copy_package(folder):
             folder / name,
             ignore=shutil.ignore_patterns("__pycache__", "results"),
         )
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
 
 
 def mutate(mutation, folder):
