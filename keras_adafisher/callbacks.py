@@ -4,7 +4,6 @@ import collections
 import csv
 import dataclasses
 import math
-import numbers
 import pathlib
 import time
 
@@ -13,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_adafisher.compile_hook import adafishers
+from keras_adafisher.optimizer import is_integer
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 30
@@ -79,10 +79,7 @@ class DistributionHistory(keras.callbacks.Callback):
 
     def __init__(self, every="epoch", csv_path=None, log_dir=None):
         super().__init__()
-        is_number = isinstance(every, numbers.Integral)
-        if every != "epoch" and (
-            not is_number or isinstance(every, bool) or every < 1
-        ):
+        if every != "epoch" and (not is_integer(every) or every < 1):
             raise ValueError(
                 'Argument `every` must be "epoch" or an integer >= 1. '
                 f"Received: every={every}"
@@ -253,9 +250,9 @@ class FisherHistory(DistributionHistory):
 
     Raises:
         ValueError: `every` is neither; `csv_path` or `log_dir` is no path;
-            `csv_path` is a file that something
-            else has written; or, when training starts, the model's optimizer
-            is no `AdaFisher` and contains none.
+            `csv_path` is a file that something else has written; or, when
+            training starts, the model's optimizer is no `AdaFisher` and
+            contains none.
         ImportError: There is a `log_dir`, but no TensorBoard.
 
     Attributes:

@@ -188,7 +188,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         _check_positive("damping", damping)
         _check_not_negative("epsilon", epsilon)
         _check_not_negative("adam_epsilon", adam_epsilon)
-        if not _is_integer(factor_update_steps) or factor_update_steps < 1:
+        if not is_integer(factor_update_steps) or factor_update_steps < 1:
             raise ValueError(
                 "Argument `factor_update_steps` must be an integer >= 1. "
                 f"Received: factor_update_steps={factor_update_steps}"
@@ -205,7 +205,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             _check_not_negative(what, value, optional=True)
         _check_positive("loss_scale_factor", loss_scale_factor, optional=True)
         if gradient_accumulation_steps is not None and (
-            not _is_integer(gradient_accumulation_steps)
+            not is_integer(gradient_accumulation_steps)
             or gradient_accumulation_steps < 2
         ):
             raise ValueError(
@@ -869,7 +869,8 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _is_integer(value):
+def is_integer(value):
+    """Whether an argument is an integer: `True` isn't."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

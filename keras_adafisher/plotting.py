@@ -9,7 +9,6 @@ colour-blind readers can tell apart; lines differ in style too, for print.
 """
 
 import itertools
-import numbers
 
 import keras
 import numpy as np
@@ -19,6 +18,7 @@ import keras_adafisher
 from keras_adafisher import analysis
 from keras_adafisher.callbacks import DistributionHistory
 from keras_adafisher.callbacks import QUANTILES
+from keras_adafisher.optimizer import is_integer
 from keras_adafisher.wrap import plain_layers
 
 try:
@@ -531,8 +531,7 @@ def _check_named(argument, value):
 
 
 def _check_count(argument, value, least):
-    is_integer = isinstance(value, numbers.Integral)
-    if not is_integer or isinstance(value, bool) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(
             f"Argument `{argument}` must be an integer >= {least}. "
             f"Received: {argument}={value}"
