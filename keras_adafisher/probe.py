@@ -244,15 +244,14 @@ def _tap(z, h, probe):
                 s = backend.keep_layout(
                     block.gradient_statistic(upstream), probe.gradient
                 )
-                one = ops.ones((), "float32")
-                return [one, s] if is_early else [one, measured(h), s]
+                return [s] if is_early else [measured(h), s]
 
             if is_early:
-                calls, s = _if_requested(request, shapes[::2], answer)
-                answers = calls, h, s
+                answers = [h, *_if_requested(request, shapes[2:], answer)]
             else:
-                answers = _if_requested(request, shapes, answer)
-            answers = map(backend.keep_layout, answers, probe.inputs)
+                answers = _if_requested(request, shapes[1:], answer)
+            calls = ops.cast(backend.is_requested(request), "float32")
+            answers = map(backend.keep_layout, [calls, *answers], probe.inputs)
             return upstream, None, *answers
 
         return z, grad

@@ -1,5 +1,6 @@
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import reference
@@ -51,3 +52,25 @@ def test_window_mean_is_the_mean_over_patches(
     np.testing.assert_allclose(
         to_numpy(actual), patches.mean(axis=0), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="The others trace no sizes that are unknown",
+)
+def test_patches_of_an_image_whose_size_is_unknown(rng):
+    import tensorflow as tf
+
+    arguments = (3, 2), (1, 2), (1, 1), "same"
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, 3))])
+    def traced(x):
+        return statistics.patch_mean_square(x, *arguments)
+
+    for shape in [(2, 7, 9, 3), (1, 4, 6, 3)]:
+        x = tf.constant(rng.normal(size=shape).astype("float32"))
+        np.testing.assert_allclose(
+            to_numpy(traced(x)),
+            to_numpy(statistics.patch_mean_square(x, *arguments)),
+            rtol=1e-6,
+        )

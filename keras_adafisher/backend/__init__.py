@@ -44,6 +44,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
+    from keras_adafisher.backend.jax import mean_square
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope

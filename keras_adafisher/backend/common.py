@@ -1,6 +1,7 @@
 """What a backend does that needs no exception."""
 
 import contextlib
+import math
 
 import numpy as np
 from keras import ops
@@ -295,18 +296,19 @@ def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
         before: Int, the padding in front of `x`.
         outputs: Int, the number of output positions.
     """
-    index = [slice(None)] * len(x.shape)
-    taps = []
-    for tap in range(kernel_size):
-        start = tap * dilation - before
-        stop = start + (outputs - 1) * stride + 1
-        # What lies in the padding adds nothing.
-        skipped = at_least_zero(stride - 1 - start) // stride
-        index[axis] = slice(
-            start + skipped * stride, at_least_zero(stop), stride
-        )
-        taps.append(ops.sum(x[tuple(index)], axis=axis))
-    return ops.stack(taps, axis=axis) / ops.cast(outputs, x.dtype)
+    # Which position each tap reads at each output, as a matrix: a product is
+    # one operation, slices and sums are two for each tap.
+    shape = ops.shape(x)
+    size = shape[axis]
+    positions = np.arange(size) if isinstance(size, int) else ops.arange(size)
+    taps = dilation * np.arange(kernel_size)[:, None]
+    starts = positions + before - taps
+    is_read = (starts % stride == 0) & (starts >= 0)
+    is_read = is_read & (starts < outputs * stride)
+    matrix = ops.cast(is_read, x.dtype) / ops.cast(outputs, x.dtype)
+    x = ops.reshape(x, (math.prod(shape[:axis]), size, -1))
+    x = ops.matmul(matrix, x)
+    return ops.reshape(x, (*shape[:axis], kernel_size, *shape[axis + 1 :]))
 
 
 def at_least_zero(size):
