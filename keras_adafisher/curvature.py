@@ -10,7 +10,6 @@ as they are.
 """
 
 import collections
-import dataclasses
 import math
 
 from keras import ops
@@ -160,11 +159,7 @@ class Factors:
                 dtype="float32",
                 # All replicas write the same value.
                 aggregation="only_first_replica",
-                # As long as no axis of a parameter is, and so whole on each
-                # device.
-                layout=backend.layout_like(
-                    probes[0].block.parameters[:1], (size,)
-                ),
+                layout=backend.whole_layout(probes[0].block.parameters[0]),
                 name=name,
             )
             for name, size in sizes.items()
@@ -192,17 +187,16 @@ class Factors:
         for number, curvature in enumerate(self.curvatures):
             for names in curvature.rows(self._normalization):
                 length = sum(math.prod(curvature.shapes()[n]) for n in names)
-                groups[length, names == ["one"]].append((number, names))
-        # In the order of the vector: matrices, the block's number and the
-        # names of the factors of each row, and those of each factor.
+                groups[length].append((number, names))
+        # In the order of the vector: the matrices, the names of the factors of
+        # each row, with the number of their block, and each factor's.
         self._matrices = []
         rows = []
         self._order = []
         self._size = 0
-        for (length, is_one), group in groups.items():
-            numbers = slice(len(rows), len(rows) + len(group))
-            self._matrices.append(_Matrix(self._size, numbers, length, is_one))
-            rows += group
+        row_of_entries = []
+        for length, group in groups.items():
+            self._matrices.append((self._size, (len(group), length)))
             for number, names in group:
                 curvature = self.curvatures[number]
                 for name in names:
@@ -210,22 +204,27 @@ class Factors:
                     curvature.places[name] = self._size, shape
                     self._order.append((number, name))
                     self._size += math.prod(shape)
+                row_of_entries += [len(rows)] * length
+                rows.append((number, names))
+        self._row_of_entries = backend.constant(row_of_entries, "int32")
         rows_of_blocks = [[] for _ in self.curvatures]
         for row, (number, _) in enumerate(rows):
             rows_of_blocks[number].append(row)
         self._rows_of_blocks = _matrix(rows_of_blocks)
         self._blocks_of_rows = backend.constant([n for n, _ in rows], "int32")
+        # Nothing is normalized together with the input that is always 1.
+        self._is_one = backend.constant(
+            [names == ["one"] for _, names in rows], "bool"
+        )
         # The scale of the loss is that of `s`.
         self._has_scale = backend.constant(
-            [["gradient" in names[0]] for _, names in rows], "float32"
+            ["gradient" in names[0] for _, names in rows], "float32"
         )
         self._epsilon_scales = backend.constant(
             [
-                [
-                    self.curvatures[number].block.epsilon_scale
-                    if "activation" in names
-                    else 1
-                ]
+                self.curvatures[number].block.epsilon_scale
+                if "activation" in names
+                else 1
                 for number, names in rows
             ],
             "float32",
@@ -248,7 +247,8 @@ class Factors:
             probe = curvature.probe
             answer = answers.get(id(probe))
             if answer is None:
-                answer = map(ops.zeros, probe.shapes.values())
+                calls.append(ops.zeros(()))
+                continue
             # Not gathered on steps that don't measure.
             count, activation, gradient = map(
                 backend.keep_layout, answer, probe.inputs
@@ -259,7 +259,45 @@ class Factors:
             totals[number, "gradient"] = gradient
             totals[number, "one"] = count
             totals[number, "bias_gradient"] = bias_gradient
-        parts = [_flat(totals[place]) for place in self._order]
+        return self._joined(calls, totals)
+
+    def join_estimates(self, gradients):
+        """Put what weights' gradients say of the factors into one vector.
+
+        Args:
+            gradients: Dict from the id of a `Curvature` to the gradient of its
+                weight, for those that nothing is measured of.
+
+        Returns:
+            See `join`. The scale of an estimate is arbitrary: it takes no
+            `epsilon`.
+        """
+        calls = []
+        totals = {}
+        for number, curvature in enumerate(self.curvatures):
+            weight = gradients.get(id(curvature))
+            if weight is None:
+                calls.append(ops.zeros(()))
+                continue
+            weight = ops.convert_to_tensor(weight)
+            activation, gradient = curvature.block.estimate_from_gradient(
+                weight
+            )
+            # The gradient of an unused weight is zero.
+            calls.append(ops.cast(ops.any(weight != 0), "float32"))
+            totals[number, "activation"] = activation
+            totals[number, "gradient"] = gradient
+            # It normalizes to 1 and, in a row with others, not the others.
+            totals[number, "one"] = ops.max(activation)
+        return self._joined(calls, totals)
+
+    def _joined(self, calls, totals):
+        parts = []
+        for number, name in self._order:
+            total = totals.get((number, name))
+            if total is None:
+                total = ops.zeros(self.curvatures[number].places[name][1])
+            parts.append(_flat(total))
         answers = ops.concatenate([ops.stack(calls), *parts])
         return backend.keep_layout(answers, self.vector)
 
@@ -295,128 +333,60 @@ class Factors:
         count = len(self.curvatures)
         calls, totals = answers[:count], answers[count:]
         # What makes means, for a loss that isn't scaled, of sums.
-        divisors = self._of_rows(ops.maximum(calls, 1))
+        divisors = backend.take(ops.maximum(calls, 1), self._blocks_of_rows)
         if scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
-        new = []
-        is_finite = []
-        for matrix in self._matrices:
-            x, finite = _normalize(
-                matrix.of(totals, self.vector) / divisors[matrix.rows],
-                epsilons[matrix.rows] if epsilon else 0.0,
-                self._normalization,
-                matrix.is_one,
-            )
-            new.append(x)
-            is_finite.append(finite)
-        is_finite = ops.concatenate(is_finite)
+        x, is_finite = self._normalized(totals, divisors, epsilons)
         is_usable = ops.all(
             backend.take(is_finite, self._rows_of_blocks), axis=1
         )
         if self._uses is not None:
             calls = ops.max(backend.take(calls, self._uses), axis=1)
-        is_usable = self._of_rows(ops.logical_and(is_usable, calls > 0))
-        vector = ops.convert_to_tensor(self.vector)
-        result = []
-        for matrix, x in zip(self._matrices, new, strict=True):
-            old = matrix.of(vector, self.vector)
-            x = factors.running_average(old, x, gamma_1, gamma_2)
-            result.append(_flat(ops.where(is_usable[matrix.rows], x, old)))
-        return ops.concatenate(result)
+        is_usable = ops.logical_and(is_usable, calls > 0)
+        is_usable = backend.take(is_usable, self._blocks_of_rows)
+        old = ops.convert_to_tensor(self.vector)
+        new = factors.running_average(old, x, gamma_1, gamma_2)
+        return ops.where(self._to_entries(is_usable), new, old)
 
-    def _of_rows(self, values_of_blocks):
-        """A column of the values of the rows' blocks."""
-        values = backend.take(values_of_blocks, self._blocks_of_rows)
-        return backend.reshape(values, (-1, 1))
+    def _normalized(self, totals, divisors, epsilons):
+        """Normalize each row of what was measured.
 
-    def estimated(self, curvature, gradient, gamma_1, gamma_2):
-        """Average the factors of a block with what a gradient says of them.
+        What is computed for each length of rows is as little as there can be:
+        it is what takes time to compile.
 
         Args:
-            curvature: `Curvature` of the block.
-            gradient: Tensor, the gradient of its weight.
-            gamma_1, gamma_2: See `AdaFisher`.
+            totals: Vector, laid out as the factors are.
+            divisors: Vector, what to divide each row by.
+            epsilons: Vector of each row's `epsilon`, `None` for zeros.
 
         Returns:
-            The new vector.
+            The normalized vector, and for each row whether it is finite.
         """
-        block = curvature.block
-        totals = dict.fromkeys(curvature.places)
-        totals["activation"], totals["gradient"] = block.estimate_from_gradient(
-            gradient
-        )
-        new = {}
-        # The gradient of an unused weight is zero.
-        is_usable = ops.any(gradient != 0)
-        for name, (_, shape) in curvature.places.items():
-            x = totals[name]
-            x = ops.zeros((1, math.prod(shape))) if x is None else x
-            # The scale is arbitrary. So there is no `epsilon` to add, and
-            # nothing to compare the bias' input 1 with.
-            new[name], is_finite = _normalize(
-                backend.reshape(x, (1, -1)),
-                0.0,
-                self._normalization,
-                name == "one",
+
+        def reduced(function):
+            columns = [
+                function(_part(totals, start, shape, self.vector), axis=1)
+                for start, shape in self._matrices
+            ]
+            return ops.concatenate(columns) / divisors
+
+        x = totals / self._to_entries(divisors)
+        epsilon = 0.0 if epsilons is None else self._to_entries(epsilons)
+        mean = reduced(ops.mean)
+        if self._normalization == "mean":
+            x = factors.mean_scaled(x, epsilon, self._to_entries(mean))
+        else:
+            low, high = reduced(ops.min), reduced(ops.max)
+            x = factors.min_max(
+                x, epsilon, self._to_entries(low), self._to_entries(high)
             )
-            is_usable = ops.logical_and(is_usable, is_finite[0])
-        vector = ops.convert_to_tensor(self.vector)
+        x = ops.where(self._to_entries(self._is_one), 1.0, x)
+        # A mean isn't finite if one of the entries isn't.
+        return x, ops.isfinite(mean)
 
-        def old(start, stop):
-            return _part(vector, start, (stop - start,), self.vector)
-
-        parts = []
-        end = 0
-        for name, (start, shape) in sorted(
-            curvature.places.items(), key=lambda item: item[1]
-        ):
-            stop = start + math.prod(shape)
-            before = old(start, stop)
-            after = factors.running_average(
-                before, _flat(new[name]), gamma_1, gamma_2
-            )
-            parts += [old(end, start), ops.where(is_usable, after, before)]
-            end = stop
-        return ops.concatenate([*parts, old(end, self._size)])
-
-
-@dataclasses.dataclass
-class _Matrix:
-    """Neighbouring rows of one length in a vector of factors.
-
-    Attributes:
-        start: Integer, where they begin.
-        rows: Slice of their numbers, of all rows.
-        length: Integer.
-        is_one: Bool. Whether they are factors of the input that is always 1,
-            which nothing is normalized together with.
-    """
-
-    start: int
-    rows: slice
-    length: int
-    is_one: bool
-
-    def of(self, vector, variable):
-        """The matrix. `vector` is laid out over devices like `variable`."""
-        shape = self.rows.stop - self.rows.start, self.length
-        return _part(vector, self.start, shape, variable)
-
-
-def _normalize(x, epsilon, normalization, is_one):
-    """Normalize each row of a matrix, and tell which are finite."""
-    if is_one:
-        return ops.ones_like(x), ops.isfinite(x[:, 0])
-    if normalization == "mean":
-        mean = ops.mean(x, axis=1, keepdims=True)
-        # It isn't if one of the entries isn't.
-        is_finite = ops.isfinite(mean[:, 0])
-        return factors.mean_scaled(x, epsilon, mean), is_finite
-    low = ops.min(x, axis=1, keepdims=True)
-    high = ops.max(x, axis=1, keepdims=True)
-    is_finite = ops.all(ops.isfinite(x), axis=1)
-    return factors.min_max(x, epsilon, low, high), is_finite
+    def _to_entries(self, values_of_rows):
+        return backend.take(values_of_rows, self._row_of_entries)
 
 
 def _part(vector, start, shape, variable):

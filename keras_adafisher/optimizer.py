@@ -8,6 +8,7 @@ The update of a weight, in one line:
 wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
+import functools
 import math
 import numbers
 import warnings
@@ -17,6 +18,7 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.curvature import Factors
+from keras_adafisher.mean_squares import MeanSquares
 from keras_adafisher.probe import ask
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_at
@@ -49,8 +51,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     As published, the size of a step follows that of the gradient. By default,
     each parameter's step is divided by one more number, the root mean square
     over all entries of what its gradients, divided by `H * S + damping`, were
-    lately (`rms_decay`). So a step is about as large as Adam's, learning rates
-    that suit Adam suit AdaFisher, and the scale of the loss doesn't matter.
+    lately (`rms_decay`), and no entry moves by more than the learning rate. So
+    a step is about as large as Adam's, learning rates that suit Adam suit
+    AdaFisher, and the scale of the loss doesn't matter.
 
     The update as published, with the settings of the authors' code:
 
@@ -84,7 +87,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         gamma_2: A float in [0, 1). The weight of a new measurement in the
             running factors. Defaults to `0.2`.
         factor_update_steps: A positive integer. The factors are measured
-            every so many steps, the first step included. Defaults to `10`.
+            every so many steps, the first step included. So are the mean
+            squares of `rms_decay`, and at each of the first so many steps.
+            Defaults to `10`.
         epsilon: A non-negative float, added to what a measurement is divided
             by to normalize it. Defaults to `0.0`, for which the normalization
             doesn't depend on the scale of the loss. The authors' code uses
@@ -94,12 +99,13 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             their range after the smallest is taken off, as published, which
             puts them between 0 and 1. Defaults to `"mean"`.
         nesterov: Bool. Whether to apply Nesterov momentum. Defaults to `True`.
-        rms_decay: A float in [0, 1) or `None`. The decay rate of the mean
-            square, over all entries of a parameter, of the gradient divided by
-            `H * S + damping`, by whose root the parameter's step is divided.
-            `None` leaves this out, as published. One more number per
-            parameter. Ours; the scale of a block is Adam-mini's
-            (arXiv 2406.16793). Defaults to `0.99`.
+        rms_decay: A float in [0, 1) or `None`. The decay rate, per step, of
+            the mean square over all entries of a parameter's gradient divided
+            by `H * S + damping`. The parameter's steps are divided by its
+            root, and their entries are bounded by the learning rate. `None`
+            leaves both out, as published. One more number per parameter.
+            Ours; the scale of a block is Adam-mini's (arXiv 2406.16793), the
+            bound is Sophia's (arXiv 2305.14342). Defaults to `0.99`.
         adam_beta_2: A float in [0, 1). The decay rate of the second moment of
             parameters without factors. Defaults to `0.999`.
         adam_epsilon: A non-negative float, added to the square roots of that
@@ -253,9 +259,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def build(self, variables):
         """Initialize optimizer variables.
 
-        AdaFisher optimizer has 3 types of variables: momentums, running
-        factors (for each factored layer), and velocities (for each parameter
-        without factors).
+        AdaFisher optimizer has 4 types of variables: momentums, velocities
+        (for each parameter without factors), the running factors (of all
+        factored layers), and mean squares (of all parameters with factors).
 
         Args:
             variables: list of model variables to build AdaFisher variables
@@ -298,8 +304,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         # For each weight the factors that its gradient may have to estimate.
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
-        self._update_number_now = None
-        self._learning_rates = None
+        self._update_now = None
+        self._shared = None
         for curvature in self._curvatures:
             for parameter, term in curvature.terms():
                 index = self._index_of(parameter)
@@ -308,25 +314,31 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 self._fisher_terms[index].append(term)
                 if parameter is curvature.block.weight:
                     self._curvatures_of[index].append(curvature)
-        # What stands in for Adam's second moment: one entry for each of a
-        # parameter without factors, one number for each that has them.
         self._velocities = [None] * len(variables)
+        factored = []
         for index, variable in enumerate(variables):
             if self._momentums[index] is None:
                 continue
-            if not self._fisher_terms[index]:
+            if self._fisher_terms[index]:
+                factored.append(index)
+            else:
                 self._velocities[index] = self.add_variable_from_reference(
                     variable, name="velocity"
                 )
-            elif self.rms_decay is not None:
-                self._velocities[index] = self.add_variable(
-                    shape=(),
-                    initializer="zeros",
+        self._mean_squares = None
+        if factored and self.rms_decay is not None:
+            self._mean_squares = MeanSquares(
+                factored,
+                self.rms_decay,
+                self.factor_update_steps,
+                functools.partial(
+                    self.add_variable,
                     dtype="float32",
                     # All replicas write the same value.
                     aggregation="only_first_replica",
-                    name=f"{_name_of(variable)}_mean_square",
-                )
+                    layout=backend.whole_layout(variables[factored[0]]),
+                ),
+            )
 
         if self.use_ema:
             # Keras keeps no average of a probe but `None`, and then walks
@@ -387,8 +399,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         is_measuring_next = self._is_measuring(step + 1)
         # For the update too.
         self._is_measuring_now = self._is_measuring(step)
-        self._update_number_now = self._updates_before(step) + 1
-        self._learning_rates = {}
+        self._update_now = self._updates_before(step)
+        self._shared = {}
         try:
             self._update_factors(answers, step)
             for curvature in self._curvatures:
@@ -397,17 +409,66 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         finally:
             # No tensor of a trace that failed stays here.
             self._is_measuring_now = False
-            self._update_number_now = None
-            self._learning_rates = None
+            self._update_now = None
+            self._shared = None
         self.ask(is_measuring_next)
+
+    def _prepare_updates(self, grads, variables):
+        """Take in what gradients say, before any parameter is updated.
+
+        Keras has accumulated and clipped them, and summed them over replicas.
+
+        Args:
+            grads: List of tensors.
+            variables: List of the variables that they belong to.
+        """
+        gradients = {}
+        unmeasured = {}
+        for gradient, variable in zip(grads, variables, strict=True):
+            index = self._get_variable_index(variable)
+            if self._fisher_terms[index]:
+                gradients[index] = gradient
+            for curvature in self._curvatures_of[index]:
+                if not curvature.is_measured:
+                    # `coverage` tells.
+                    curvature.block.is_estimated = True
+                    unmeasured[id(curvature)] = gradient
+        factors = self._factors
+
+        def estimated():
+            estimates = factors.join_estimates(unmeasured)
+            return [
+                factors.taken_in(
+                    estimates, 1.0, 0.0, self.gamma_1, self.gamma_2
+                )
+            ]
+
+        if unmeasured:
+            self._assign_if(self._is_measuring_now, [factors.vector], estimated)
+
+        def averaged():
+            squares = {
+                index: backend.mean_square_of_quotient(
+                    ops.convert_to_tensor(gradient),
+                    self._undamped_fisher(index),
+                    self.damping,
+                )
+                for index, gradient in gradients.items()
+            }
+            return [self._mean_squares.averaged(squares, self._update_now)]
+
+        if gradients and self._mean_squares is not None:
+            self._assign_if(
+                self._mean_squares.are_measured(self._update_now),
+                [self._mean_squares.variable],
+                averaged,
+            )
 
     def update_step(self, gradient, variable, learning_rate):
         """Update step given gradient and the associated model variable."""
         index = self._get_variable_index(variable)
-        is_factored = bool(self._fisher_terms[index])
-        decay = self.rms_decay if is_factored else self.adam_beta_2
         dtype = keras.backend.result_type(variable.dtype, "float32")
-        lr = self._corrected_learning_rate(learning_rate, decay, dtype)
+        lr = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, variable.dtype)
 
         m = self._momentums[index]
@@ -419,54 +480,50 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             # `change`, for which a compiler would keep the old momentum.)
             m = m + (gradient - m) * (1 - self.beta)
 
+        is_factored = bool(self._fisher_terms[index])
         if is_factored:
-            self._estimate_factors(index, gradient)
             denominator = self._fisher(index)
-            if decay is not None:
-                # The Fisher diagonal is in single precision, and so is this.
-                quotient = ops.divide(gradient, denominator)
-                axes = tuple(range(len(quotient.shape)))
-                square = backend.mean_square(quotient, axes)
-                v = self._velocities[index]
-                old = ops.convert_to_tensor(v)
-                # One number for all entries: don't let one batch spoil it.
-                new = ops.where(
-                    ops.isfinite(square),
-                    old + (square - old) * (1 - decay),
-                    old,
-                )
-                self.assign(v, new)
-                lr = ops.divide(lr, ops.sqrt(new) + self.adam_epsilon)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
             v = self._velocities[index]
             change = ops.square(gradient) - ops.convert_to_tensor(v)
-            self.assign_add(v, change * (1 - decay))
+            self.assign_add(v, change * (1 - self.adam_beta_2))
             denominator = ops.sqrt(v) + self.adam_epsilon
         # Half precision has no room for the learning rate's quotient.
-        step = ops.divide(ops.multiply(m, lr), denominator)
+        rate = self._rate(index, lr, dtype)
+        step = ops.divide(ops.multiply(m, rate), denominator)
+        if is_factored and self._mean_squares is not None:
+            step = ops.minimum(ops.maximum(step, -lr), lr)
         self.assign_sub(variable, ops.cast(step, variable.dtype))
 
-    def _corrected_learning_rate(self, learning_rate, decay, dtype):
-        """The learning rate, corrected for averages that start at zero.
+    def _rate(self, index, learning_rate, dtype):
+        """What a parameter's quotients are multiplied by, a scalar.
 
-        Args:
-            learning_rate: Tensor.
-            decay: Float or `None`, the decay of the mean square, if any.
-            dtype: String.
+        The learning rate, corrected for averages that start at zero and, with
+        `rms_decay`, divided by the root mean square of the quotients.
         """
         # The same for many variables: made once in each `apply`.
-        made = {} if self._learning_rates is None else self._learning_rates
-        if (decay, dtype) not in made:
+        made = {} if self._shared is None else self._shared
+        is_factored = bool(self._fisher_terms[index])
+        key = is_factored, dtype
+        if key not in made:
             step = _past_the_largest(ops.cast(self.iterations + 1, dtype))
             weight = 1 - ops.power(ops.cast(self.beta, dtype), step)
             if self.nesterov:
                 weight = 1 - self.beta * (1 - weight)
-            lr = ops.cast(learning_rate, dtype) / weight
-            if decay is not None:
-                lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))
-            made[decay, dtype] = lr
-        return made[decay, dtype]
+            rate = learning_rate / weight
+            if not is_factored:
+                decay = ops.cast(self.adam_beta_2, dtype)
+                rate = rate * ops.sqrt(1 - ops.power(decay, step))
+            elif self._mean_squares is not None:
+                roots = self._mean_squares.roots(
+                    self.iterations, self.adam_epsilon
+                )
+                rate = rate / ops.cast(roots, dtype)
+            made[key] = rate
+        if is_factored and self._mean_squares is not None:
+            return self._mean_squares.of(made[key], index)
+        return made[key]
 
     def fisher_diagonal(self, variable):
         """The damped Fisher diagonal that a parameter's momentum is divided by.
@@ -507,12 +564,11 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             ValueError: As `fisher_diagonal`.
         """
         denominator = self.fisher_diagonal(variable)
-        if self.rms_decay is not None:
-            step = ops.cast(ops.maximum(self.iterations, 1), "float32")
-            weight = 1 - ops.power(self.rms_decay, step)
-            square = self._velocities[self._index_of(variable)]
-            root = ops.sqrt(square) + self.adam_epsilon
-            denominator = denominator * root / ops.sqrt(weight)
+        if self._mean_squares is not None:
+            last = ops.maximum(self.iterations - 1, 0)
+            roots = self._mean_squares.roots(last, self.adam_epsilon)
+            root = self._mean_squares.of(roots, self._index_of(variable))
+            denominator = denominator * root
         return ops.cast(self.learning_rate, "float32") / denominator
 
     def ask(self, wanted=True):
@@ -703,6 +759,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
     def _assign_if(self, condition, variables, new_values):
         """Set variables to what a function returns, or leave them."""
+        if condition is False:
+            return
 
         def laid_out(values):
             return list(map(backend.keep_layout, values, variables))
@@ -714,31 +772,6 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         )
         for variable, value in zip(variables, laid_out(values), strict=True):
             self.assign(variable, value)
-
-    def _estimate_factors(self, index, gradient):
-        """Estimate what no tap measures from the gradient of a weight.
-
-        In `update_step`, and so from the gradient that Keras has summed over
-        replicas, accumulated and clipped.
-        """
-        for curvature in self._curvatures_of[index]:
-            if curvature.is_measured:
-                continue
-            # `coverage` tells.
-            curvature.block.is_estimated = True
-            if self._is_measuring_now is False:
-                continue
-
-            def estimated(curvature=curvature):
-                return [
-                    self._factors.estimated(
-                        curvature, gradient, self.gamma_1, self.gamma_2
-                    )
-                ]
-
-            self._assign_if(
-                self._is_measuring_now, [self._factors.vector], estimated
-            )
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")

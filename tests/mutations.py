@@ -22,6 +22,7 @@ TIMEOUT = 600
 OPTIMIZER = "optimizer.py"
 CURVATURE = "curvature.py"
 FACTORS = "factors.py"
+SQUARES = "mean_squares.py"
 STATISTICS = "statistics.py"
 PROBE = "probe.py"
 WRAP = "wrap.py"
@@ -81,32 +82,56 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "_foreach_lerp(momentum, gradient, 1 - self.beta)",
-        "_foreach_lerp(momentum, gradient, 0.0)",
+        "momentum, gradient, 1 - self.beta",
+        "momentum, gradient, 0.0",
+        "test_optimizer",
+    ),
+    Mutation(
+        SQUARES,
+        "return (root + epsilon) / weight**0.5",
+        "return root + epsilon",
+        "test_optimizer",
+    ),
+    Mutation(
+        SQUARES,
+        "return (update < self._interval) | (update % self._interval == 0)",
+        "return update % self._interval == 0",
         "test_optimizer",
     ),
     Mutation(
         UPDATE,
-        "size *= (1 - self.rms_decay**step) ** 0.5",
-        "size *= 1 - self.rms_decay**step",
-        "test_optimizer",
-    ),
-    Mutation(
-        UPDATE,
-        "[x.numel() ** 0.5 for x in gradients]",
-        "[1.0 for x in gradients]",
-        "test_optimizer",
-    ),
-    Mutation(
-        UPDATE,
-        "new = torch.where(squares < torch.inf, new, old)",
+        "torch._foreach_clamp_min_(steps, -1)",
         "",
+        "test_optimizer",
+    ),
+    Mutation(
+        UPDATE,
+        "torch._foreach_clamp_max_(steps, 1)",
+        "",
+        "test_optimizer",
+    ),
+    Mutation(
+        OPTIMIZER,
+        "step = ops.minimum(ops.maximum(step, -lr), lr)",
+        "pass",
+        "test_torch_update",
+    ),
+    Mutation(
+        UPDATE,
+        "(norm / gradient.numel() ** 0.5)",
+        "norm",
+        "test_optimizer",
+    ),
+    Mutation(
+        SQUARES,
+        "return ops.where(ops.isfinite(new), average, old)",
+        "return average",
         "test_faults",
     ),
     Mutation(
-        UPDATE,
-        "torch._foreach_copy_(velocities, new.unbind())",
-        "",
+        SQUARES,
+        "return x1 if condition else x2",
+        "return x2",
         "test_optimizer",
     ),
     Mutation(
@@ -117,8 +142,8 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "lr = lr * ops.sqrt(1 - ops.power(ops.cast(decay, dtype), step))",
-        "lr = lr * (1 - ops.power(ops.cast(decay, dtype), step))",
+        "rate = rate * ops.sqrt(1 - ops.power(decay, step))",
+        "rate = rate * (1 - ops.power(decay, step))",
         "test_torch_update",
     ),
     Mutation(
@@ -129,8 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         CURVATURE,
-        "return ops.ones_like(x), ops.isfinite(x[:, 0])",
-        "return ops.zeros_like(x), ops.isfinite(x[:, 0])",
+        "x = ops.where(self._to_entries(self._is_one), 1.0, x)",
+        "x = ops.where(self._to_entries(self._is_one), 0.0, x)",
         "test_optimizer",
     ),
     Mutation(
@@ -269,14 +294,14 @@ MUTATIONS = [
     ),
     Mutation(
         CURVATURE,
-        "is_finite = ops.all(ops.isfinite(x), axis=1)",
-        "is_finite = ops.ones_like(x[:, 0]) > 0",
+        "return x, ops.isfinite(mean)",
+        "return x, ops.ones_like(mean) > 0",
         "test_curvature",
     ),
     Mutation(
         CURVATURE,
-        "divisors = self._of_rows(ops.maximum(calls, 1))",
-        "divisors = self._of_rows(ops.ones_like(calls))",
+        "divisors = backend.take(ops.maximum(calls, 1), self._blocks_of_rows)",
+        "divisors = backend.take(ops.ones_like(calls), self._blocks_of_rows)",
         "test_sharing",
     ),
     Mutation(
@@ -299,8 +324,8 @@ MUTATIONS = [
     ),
     Mutation(
         CURVATURE,
-        '[["gradient" in names[0]] for _, names in rows]',
-        "[[True] for _, names in rows]",
+        '["gradient" in names[0] for _, names in rows]',
+        "[True for _, names in rows]",
         "test_optimizer test_curvature",
     ),
     Mutation(
@@ -317,8 +342,8 @@ MUTATIONS = [
     ),
     Mutation(
         CURVATURE,
-        "is_usable = ops.any(gradient != 0)",
-        "is_usable = ops.any(gradient == gradient)",
+        "ops.any(weight != 0)",
+        "ops.any(weight == weight)",
         "test_uncalled_layers test_unfactored_layers test_curvature",
     ),
     Mutation(
@@ -373,10 +398,10 @@ MUTATIONS = [
     ),
     Mutation(
         COMMON,
-        "skipped = at_least_zero(stride - 1 - start) // stride",
-        "skipped = at_least_zero(-start) // stride",
+        "is_read = is_read & (starts < outputs * stride)",
+        "",
         "test_wrapper_conv",
-        backend="jax",
+        "jax",
     ),
     Mutation(
         TORCH,

@@ -132,13 +132,17 @@ class Momentum:
         beta: Float.
         nesterov: Bool. Whether to look one step ahead with the same gradient.
         rms_decay: Float or `None`. If a float, the step is divided by the root
-            of the running mean square of `g / F`.
+            of the running mean square of `g / F`, and its entries bounded.
+        interval: Int. Mean squares are taken at each of so many first steps,
+            and then at one in so many, and count until the next.
     """
 
-    def __init__(self, shape, beta, nesterov=False, rms_decay=None):
+    def __init__(self, shape, beta, nesterov=False, rms_decay=None, interval=1):
         self.beta, self.nesterov, self.rms_decay = beta, nesterov, rms_decay
+        self.interval = interval
         self.m = np.zeros(shape)
-        self.v = 0.0
+        # For each step that a measurement so far stands for.
+        self.squares = []
         self.t = 0
 
     def step(self, gradient, fisher):
@@ -150,12 +154,14 @@ class Momentum:
             step = ahead / (1 - self.beta ** (self.t + 1))
         step = step / fisher
         if self.rms_decay is not None:
-            mean_square = np.mean((gradient / fisher) ** 2)
-            self.v = (
-                self.rms_decay * self.v + (1 - self.rms_decay) * mean_square
-            )
-            root = np.sqrt(self.v / (1 - self.rms_decay**self.t))
-            step = step / root
+            if len(self.squares) < self.t:
+                mean_square = np.mean((gradient / fisher) ** 2)
+                is_early = self.t <= self.interval
+                count = 1 if is_early else self.interval
+                self.squares += [mean_square] * count
+            ages = np.arange(len(self.squares))[::-1]
+            average = np.average(self.squares, weights=self.rms_decay**ages)
+            step = np.clip(step / np.sqrt(average), -1, 1)
         return step
 
 

@@ -272,13 +272,16 @@ def test_an_estimate_changes_the_factors_of_its_block_only(rng):
     h, s = rng.normal(size=(3, 1)), rng.normal(size=(1, 2))
     gradient = ops.convert_to_tensor((h * s).astype("float32"))
     curvature = factors.curvatures[1]
-    factors.vector.assign(
-        factors.estimated(curvature, gradient, GAMMA_1, GAMMA_2)
-    )
+
+    def take_in(gradient):
+        estimates = factors.join_estimates({id(curvature): gradient})
+        factors.vector.assign(
+            factors.taken_in(estimates, 1.0, 0.0, GAMMA_1, GAMMA_2)
+        )
+
+    take_in(gradient)
     after = expected(before[1], blocks[1], (h**2, s**2), "mean")
     assert_state(factors, [before[0], after, before[2]])
     # The gradient of a weight that isn't used.
-    factors.vector.assign(
-        factors.estimated(curvature, gradient * 0, GAMMA_1, GAMMA_2)
-    )
+    take_in(gradient * 0)
     assert_state(factors, [before[0], after, before[2]])

@@ -39,11 +39,11 @@ def test_data_parallel():
 def test_model_parallel():
     result = devices()["ModelParallel"]
     assert result["difference"] <= 2e-6
-    # The mean squares of the split parameters' steps.
-    assert result["extra_collectives_other"] == 1
+    assert result["extra_collectives_other"] == 0
     # Besides those of the layers, what the split ones measured is gathered:
-    # each device has all factors.
-    assert result["inside"] == {"all-reduce": 2 * 4, "all-gather": 5}
+    # each device has all factors. The mean squares of split parameters travel
+    # in one transfer.
+    assert result["inside"] == {"all-reduce": 2 * 4 + 1, "all-gather": 5}
     assert result["extra_bytes"] < 4 * 2 * 496
 
 
@@ -80,7 +80,7 @@ def test_more_layers():
     """
     result = devices()["more layers"]
     assert result["difference"] <= 2e-6
-    assert result["extra_collectives_other"] == 2
+    assert result["extra_collectives_other"] == 0
     splits = result["splits"]
     # Axes of (32, 1), (4, 4), (4, 4, 1), (16, 1, 1) and (4, 4).
     assert splits["embedding/adafisher/activation"] == ["model", None]

@@ -127,8 +127,26 @@ def test_in_stateless_scope():
         assert in_stateless_scope()
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="TensorFlow's optimizers have it",
+)
+def test_optimizer_distributed_tf_update_step(optimizer):
+    """On TensorFlow, it has the gradients of all replicas together."""
+    calls = []
+    optimizer._distributed_tf_update_step = lambda *args: calls.append(args)
+    variables = optimizer._trainable_variables
+    optimizer.apply([ops.ones(v.shape) for v in variables], variables)
+    ((strategy, pairs, learning_rate),) = calls
+    grads, updated = zip(*pairs, strict=True)
+    local = [strategy.experimental_local_results(g) for g in grads]
+    assert [tuple(g.shape) for (g,) in local] == [v.shape for v in variables]
+    assert [optimizer._get_variable_index(v) for v in updated] == [0, 1, 2, 3]
+    assert float(learning_rate) == pytest.approx(0.01)
+
+
 def test_optimizer_backend_update_step(optimizer):
-    """On PyTorch, it updates all variables together."""
+    """It has all gradients, and on PyTorch updates all variables together."""
     calls = []
     optimizer._backend_update_step = lambda *args: calls.append(args)
     variables = optimizer._trainable_variables

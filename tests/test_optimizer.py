@@ -72,6 +72,7 @@ def test_weights_follow_the_algorithm(
         **rule,
     }
     factors = reference.LinearFactors(4, 3, True, rule.pop("normalization"))
+    rule["interval"] = factor_update_steps
     momenta = [reference.Momentum(w.shape, 0.8, **rule) for w in (kernel, bias)]
     for t, (x, r) in enumerate(steps):
         model.train_on_batch(x, r)
@@ -130,10 +131,13 @@ def test_the_first_step_by_hand_with_the_default_rule():
         to_numpy(optimizer.fisher_diagonal(layer.kernel)), fisher, rtol=1e-6
     )
     # After one step momentum is the gradient, with or without Nesterov's, and
-    # the running mean square is that of the step: it has an RMS of 1.
+    # the running mean square is that of the step: it has an RMS of 1. The
+    # largest entry, 1.55, is bounded.
     gradient = np.array([[1.0, 3.0], [2.0, 6.0]])
     rms = np.sqrt(np.mean((gradient / fisher) ** 2))
     expected = -0.5 * gradient / fisher / rms
+    assert expected[1, 1] < -0.7
+    expected[1, 1] = -0.5
     # `1 - 0.99` has five digits in single precision, as in Adam.
     np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-5)
     np.testing.assert_allclose(
@@ -141,6 +145,33 @@ def test_the_first_step_by_hand_with_the_default_rule():
         0.5 / fisher / rms,
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("step", [0, 5, 10, 11])
+def test_no_entry_moves_by_more_than_the_learning_rate(step):
+    """Whether the gradient that is too large is measured (0, 10) or not."""
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(1e-2, factor_update_steps=5)
+    optimizer.build(model.trainable_variables)
+    rng = np.random.default_rng(0)
+    for now in range(step + 1):
+        scale = 1e6 if now == step else 1.0
+        grads = [
+            ops.convert_to_tensor(
+                (scale * rng.normal(size=w.shape)).astype("float32")
+            )
+            for w in model.weights
+        ]
+        before = weights(model)
+        optimizer.apply(grads, model.weights)
+    moved = np.concatenate(
+        [
+            np.abs(new - old).ravel()
+            for new, old in zip(weights(model), before, strict=True)
+        ]
+    )
+    assert 0.001 < moved.max() < 0.01 * (1 + 1e-4)
 
 
 def test_the_effective_learning_rate_before_the_first_update():

@@ -49,6 +49,11 @@ KERAS_INTERNALS = {
         "test_keras_masks_of_tensors"
     ),
 }
+if keras.backend.backend() == "tensorflow":
+    # Where Keras has it. Overridden.
+    KERAS_INTERNALS["_distributed_tf_update_step"] = (
+        "test_optimizer_distributed_tf_update_step"
+    )
 # PyTorch's own besides its multi-tensor operations, `_foreach_...`: run by
 # `test_distributed_torch.py`.
 TORCH_INTERNALS = {"_active_ddp_module"}

@@ -26,6 +26,7 @@ from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
 from keras_adafisher.backend.common import mean_square
+from keras_adafisher.backend.common import mean_square_of_quotient
 from keras_adafisher.backend.common import measures_activations_early
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
@@ -36,6 +37,7 @@ from keras_adafisher.backend.common import take
 from keras_adafisher.backend.common import tap
 from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import view
+from keras_adafisher.backend.common import whole_layout
 from keras_adafisher.backend.common import window_mean
 from keras_adafisher.backend.common import write_requests
 
@@ -45,6 +47,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
     from keras_adafisher.backend.jax import mean_square
+    from keras_adafisher.backend.jax import whole_layout
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope
@@ -55,6 +58,7 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
+    from keras_adafisher.backend.tensorflow import Updater
 elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import close_tap
     from keras_adafisher.backend.torch import cond
@@ -77,6 +81,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import view
     from keras_adafisher.backend.torch import window_mean
     from keras_adafisher.backend.torch import write_requests
+    from keras_adafisher.backend.torch_update import mean_square_of_quotient
     from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
@@ -100,6 +105,7 @@ __all__ = [
     "layout_like",
     "make_inputs",
     "mean_square",
+    "mean_square_of_quotient",
     "measures_activations_early",
     "open_tap",
     "pointwise_conv",
@@ -109,6 +115,7 @@ __all__ = [
     "take",
     "tap",
     "view",
+    "whole_layout",
     "window_mean",
     "write_requests",
 ]

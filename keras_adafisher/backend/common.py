@@ -8,10 +8,13 @@ from keras import ops
 
 
 class Updater:
-    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`: nothing.
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
 
-    Keras calls `update_step` for one variable after another.
-    """
+    # Not public, but what comes before it, `apply`, has gradients that aren't
+    # clipped yet, and what comes after, `update_step`, one of them.
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._prepare_updates(grads, trainable_variables)
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
 
 
 def make_inputs(parameter, add_variable, shapes):
@@ -191,6 +194,18 @@ def layout_like(parameters, shape):
     return None
 
 
+def whole_layout(parameter):
+    """Layout of what is whole on each device that has part of a parameter.
+
+    Args:
+        parameter: Variable.
+
+    Returns:
+        See `layout_like`.
+    """
+    return None
+
+
 def keep_layout(tensor, variable):
     """`tensor`, laid out over devices like the variable it is meant for."""
     return tensor
@@ -237,6 +252,25 @@ def mean_square(x, axis):
     """`statistics.mean_square`."""
     x = ops.square(ops.cast(x, "float32"))
     return ops.mean(x, axis=axis) if axis else x
+
+
+def mean_square_of_quotient(gradient, fisher, damping):
+    """Mean of the squared entries of `gradient / (fisher + damping)`.
+
+    Args:
+        gradient: Float tensor.
+        fisher: Float tensor that broadcasts to `gradient`. It may be
+            overwritten.
+        damping: Float.
+
+    Returns:
+        Float32 scalar.
+    """
+    # With the exceptions of the backend that runs.
+    from keras_adafisher import backend
+
+    quotient = ops.divide(gradient, fisher + damping)
+    return backend.mean_square(quotient, tuple(range(len(quotient.shape))))
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):

@@ -62,9 +62,7 @@ def layout_like(parameters, shape):
     # For each axis what the parameters say of it.
     found = [set() for _ in shape]
     for parameter in parameters:
-        layout = distribution.get_variable_layout(parameter)
-        # `keras.Variable(layout=...)` may have been given one of JAX' own.
-        sharding = getattr(layout, "backend_layout", layout)
+        sharding = _sharding_of(parameter, distribution)
         rank = len(parameter.shape)
         # Trailing axes that aren't split may be left out.
         names = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
@@ -74,6 +72,20 @@ def layout_like(parameters, shape):
             found[-axis].add(names[-axis] if has_axis else None)
     axes = [names.pop() if len(names) == 1 else None for names in found]
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def whole_layout(parameter):
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    mesh = _sharding_of(parameter, distribution).mesh
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _sharding_of(variable, distribution):
+    layout = distribution.get_variable_layout(variable)
+    # `keras.Variable(layout=...)` may have been given one of JAX' own.
+    return getattr(layout, "backend_layout", layout)
 
 
 def keep_layout(tensor, variable):

@@ -13,6 +13,22 @@ _MIRRORED = (
 )
 
 
+class Updater:
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
+
+    # Not public. It is where the gradients of all replicas are one.
+    def _distributed_tf_update_step(
+        self, distribution, grads_and_vars, learning_rate
+    ):
+        grads, variables = zip(*grads_and_vars, strict=True)
+        # The same on each replica.
+        grads = [distribution.experimental_local_results(g)[0] for g in grads]
+        self._prepare_updates(grads, variables)
+        super()._distributed_tf_update_step(
+            distribution, grads_and_vars, learning_rate
+        )
+
+
 def differentiate(compute_loss, data, probes, variables):
     inputs = [[v.value for v in probe.inputs] for probe in probes]
     with tf.GradientTape(watch_accessed_variables=False) as tape:

@@ -26,11 +26,24 @@ class Updater:
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if in_stateless_scope() or self._has_own_update_step():
+            self._prepare_updates(grads, trainable_variables)
             super()._backend_update_step(
                 grads, trainable_variables, learning_rate
             )
             return
         with torch.no_grad():
+            grads = [
+                _to_tensor(gradient, variable.value.dtype)
+                for gradient, variable in zip(
+                    grads, trainable_variables, strict=True
+                )
+            ]
+            self._prepare_updates(grads, trainable_variables)
+            roots = None
+            if self._mean_squares is not None:
+                roots = self._mean_squares.roots(
+                    self._update_now, self.adam_epsilon
+                ).unbind()
             # Lists of one dtype on one device are what is fast.
             groups = collections.defaultdict(list)
             for gradient, variable in zip(
@@ -38,36 +51,33 @@ class Updater:
             ):
                 index = self._get_variable_index(variable)
                 value = variable.value
-                gradient = _to_tensor(gradient, value.dtype)
                 is_factored = bool(self._fisher_terms[index])
-                if is_factored:
-                    self._estimate_factors(index, gradient)
                 groups[is_factored, value.dtype, value.device].append(
                     (index, value, gradient)
                 )
             for (is_factored, *_, device), group in groups.items():
                 for batch in _batches(group, device):
-                    self._update_batch(is_factored, *batch, learning_rate)
+                    self._update_batch(
+                        is_factored, *batch, learning_rate, roots
+                    )
 
     def _update_batch(
-        self, is_factored, indices, values, gradients, learning_rate
+        self, is_factored, indices, values, gradients, learning_rate, roots
     ):
-        step = self._update_number_now
+        step = self._update_now + 1
         if step <= 0:
             # The counter, an int32, ran over. There is nothing to correct.
             step = 2**31
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
+        is_bounded = is_factored and roots is not None
         if is_factored:
             denominators = [self._undamped_fisher(index) for index in indices]
             torch._foreach_add_(denominators, self.damping)
-            if self.rms_decay is not None:
-                roots = self._root_mean_squares(
-                    indices, gradients, denominators
-                )
+            if is_bounded:
+                roots = [self._mean_squares.of(roots, i) for i in indices]
                 torch._foreach_mul_(denominators, roots)
-                size *= (1 - self.rms_decay**step) ** 0.5
         else:
             velocities = [self._velocities[index].value for index in indices]
             torch._foreach_mul_(velocities, self.adam_beta_2)
@@ -78,50 +88,25 @@ class Updater:
             denominators = torch._foreach_sqrt(velocities)
             torch._foreach_add_(denominators, self.adam_epsilon)
         if _can_be_read(learning_rate):
-            size *= float(learning_rate)
+            learning_rate = float(learning_rate)
         else:
-            # Half precision has no room for the quotient.
-            dtype = torch.promote_types(denominators[0].dtype, torch.float32)
-            denominators = [d.to(dtype) for d in denominators]
-            torch._foreach_div_(
-                denominators,
-                ops.convert_to_tensor(learning_rate).to(
-                    values[0].device, dtype
-                ),
-            )
-        if not self.nesterov:
-            torch._foreach_addcdiv_(
-                values, momentums, denominators, value=-size
-            )
+            learning_rate = ops.convert_to_tensor(learning_rate)
+            learning_rate = learning_rate.to(values[0].device)
+        if not self.nesterov and not is_bounded:
+            _step(values, momentums, denominators, learning_rate, size)
             return
         for value, momentum, gradient, denominator in _parts(
             values, momentums, gradients, denominators
         ):
-            # The momentum as the next step would have it.
-            ahead = torch._foreach_lerp(momentum, gradient, 1 - self.beta)
-            torch._foreach_addcdiv_(value, ahead, denominator, value=-size)
-
-    def _root_mean_squares(self, indices, gradients, denominators):
-        """Take quotients into their running mean squares, and get the roots."""
-        velocities = [self._velocities[index].value for index in indices]
-        # In single precision at least.
-        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-        parts = [
-            torch._foreach_norm(torch._foreach_div(*part), dtype=dtype)
-            for part in _parts(gradients, denominators)
-        ]
-        norms = parts[0]
-        if len(parts) > 1:
-            norms = torch.stack([norm for (norm,) in parts])
-            norms = [torch.linalg.vector_norm(norms)]
-        torch._foreach_div_(norms, [x.numel() ** 0.5 for x in gradients])
-        squares = torch.stack(norms).square().to(torch.float32)
-        old = torch.stack(velocities)
-        new = old.lerp(squares, 1 - self.rms_decay)
-        # Finite: `isfinite` is four operations.
-        new = torch.where(squares < torch.inf, new, old)
-        torch._foreach_copy_(velocities, new.unbind())
-        return (new.sqrt() + self.adam_epsilon).unbind()
+            if self.nesterov:
+                # The momentum as the next step would have it.
+                momentum = torch._foreach_lerp(
+                    momentum, gradient, 1 - self.beta
+                )
+            if is_bounded:
+                _bounded_step(value, momentum, denominator, learning_rate, size)
+            else:
+                _step(value, momentum, denominator, learning_rate, size)
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():
@@ -141,6 +126,42 @@ class Updater:
                 for gradient, value in zip(grads, values, strict=True)
             ]
             torch._foreach_add_(values, grads)
+
+
+def mean_square_of_quotient(gradient, fisher, damping):
+    # In single precision at least.
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norms = [
+        torch.linalg.vector_norm(a / b, dtype=dtype)
+        for (a,), (b,) in _parts([gradient], [fisher.add_(damping)])
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return (norm / gradient.numel() ** 0.5).square().to(torch.float32)
+
+
+def _step(values, momentums, denominators, learning_rate, size):
+    """Move values by `-learning_rate * size * momentum / denominator`."""
+    if isinstance(learning_rate, float):
+        size *= learning_rate
+    else:
+        # Half precision has no room for the quotient.
+        dtype = torch.promote_types(denominators[0].dtype, torch.float32)
+        denominators = [d.to(dtype) for d in denominators]
+        torch._foreach_div_(denominators, learning_rate.to(dtype))
+    torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
+
+
+def _bounded_step(values, momentums, denominators, learning_rate, size):
+    """The same, but no entry by more than the learning rate."""
+    steps = torch._foreach_div(momentums, denominators)
+    torch._foreach_mul_(steps, size)
+    torch._foreach_clamp_max_(steps, 1)
+    torch._foreach_clamp_min_(steps, -1)
+    if isinstance(learning_rate, float):
+        torch._foreach_add_(values, steps, alpha=-learning_rate)
+    else:
+        torch._foreach_mul_(steps, learning_rate)
+        torch._foreach_sub_(values, steps)
 
 
 def _to_tensor(gradient, dtype):

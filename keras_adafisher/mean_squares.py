@@ -1,0 +1,115 @@
+"""How large a parameter's steps are: a running mean square for each.
+
+A step along `m / F`, with the Fisher diagonal `F`, is as large as the gradients
+happen to be. AdaFisher's default rule divides it by the root of
+
+    v <- decay * v + (1 - decay) * mean over all entries of (g / F)²
+
+and bounds each entry of the quotient by 1, as Sophia does (Liu et al., 2023,
+arXiv 2305.14342, Section 2.2). So `v` needn't be as new as the gradient: it is
+measured when the Kronecker factors are, which spares the other steps a pass
+over all gradients. A gradient that has grown since then moves no entry by more
+than the learning rate. The combination is ours.
+"""
+
+from keras import ops
+
+
+class MeanSquares:
+    """The running mean squares of all parameters that have factors.
+
+    They are measured at each of the first `interval` updates, when gradients
+    change fastest, and then at one in `interval`. Until the next one, a
+    measurement stands for the updates in between too: the average is over
+    updates, not over measurements.
+
+    Args:
+        indices: List of the parameters' numbers in the optimizer.
+        decay: Float, the decay rate of the average.
+        interval: Int, see above.
+        add_variable: Callable `(shape, initializer, name)`.
+
+    Attributes:
+        variable: The vector of them, one entry for each parameter.
+    """
+
+    def __init__(self, indices, decay, interval, add_variable):
+        self._places = {index: place for place, index in enumerate(indices)}
+        self._decay = decay
+        self._interval = interval
+        self.variable = add_variable(
+            shape=(len(indices),), initializer="zeros", name="mean_squares"
+        )
+
+    def are_measured(self, update):
+        """Whether there is a measurement at an update.
+
+        Args:
+            update: Integer, a number or a tensor. The first update is 0.
+        """
+        return (update < self._interval) | (update % self._interval == 0)
+
+    def averaged(self, squares, update):
+        """The running averages, a measurement included.
+
+        Args:
+            squares: Dict from a parameter's number to its mean square, for
+                those that have a gradient.
+            update: See `are_measured`.
+
+        Returns:
+            The new vector. A mean square that isn't finite leaves the average
+            as it was: it is one number for all entries, and one batch
+            shouldn't spoil them.
+        """
+        old = ops.convert_to_tensor(self.variable)
+        new = ops.stack(
+            [
+                squares[index] if index in squares else old[place]
+                for index, place in self._places.items()
+            ]
+        )
+        weight = _where(
+            update < self._interval,
+            1 - self._decay,
+            1 - self._decay**self._interval,
+        )
+        average = old + (new - old) * weight
+        return ops.where(ops.isfinite(new), average, old)
+
+    def roots(self, update, epsilon):
+        """What the steps of an update are divided by.
+
+        Args:
+            update: See `are_measured`.
+            epsilon: Float, added to the square roots.
+
+        Returns:
+            Float32 vector, the roots of the averages, corrected for that these
+            started at zero.
+        """
+        # What the measurements so far stand for.
+        updates = _where(
+            update < self._interval,
+            update + 1,
+            (update // self._interval + 1) * self._interval,
+        )
+        # The counters of JAX and PyTorch run over.
+        updates = _where(updates > 0, updates, 2.0**31)
+        weight = 1 - self._decay**updates
+        root = ops.sqrt(ops.convert_to_tensor(self.variable))
+        return (root + epsilon) / weight**0.5
+
+    def of(self, vector, index):
+        """The entry of one parameter in a vector like `variable`."""
+        return vector[self._places[index]]
+
+
+def _where(condition, x1, x2):
+    """One of two numbers, in single precision unless they are Python's.
+
+    PyTorch counts updates in Python's numbers.
+    """
+    if isinstance(condition, bool):
+        return x1 if condition else x2
+    return ops.cast(ops.where(condition, x1, x2), "float32")

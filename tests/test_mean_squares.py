@@ -1,0 +1,80 @@
+"""The running mean squares, against numbers that are written out."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from models import mlp
+from models import to_numpy
+
+import keras_adafisher
+from keras_adafisher.mean_squares import MeanSquares
+
+
+def make(indices=(3,), decay=0.5, interval=2):
+    def add_variable(shape, initializer, name):
+        return keras.Variable(np.zeros(shape, "float32"), name=name)
+
+    return MeanSquares(list(indices), decay, interval, add_variable)
+
+
+def take_in(mean_squares, squares, update):
+    squares = {i: ops.convert_to_tensor(s, "float32") for i, s in squares}
+    mean_squares.variable.assign(mean_squares.averaged(squares, update))
+
+
+# PyTorch counts in Python's numbers, the others in tensors.
+@pytest.mark.parametrize("number", [int, ops.convert_to_tensor])
+def test_a_measurement_counts_until_the_next(number):
+    """In the end, 4, 8, 16, 16, 32, 32, each twice as heavy as the last."""
+    mean_squares = make()
+    squares = {0: 4.0, 1: 8.0, 2: 16.0, 4: 32.0}
+    roots = []
+    for update in range(5):
+        is_measured = bool(mean_squares.are_measured(number(update)))
+        assert is_measured == (update in squares)
+        if is_measured:
+            take_in(mean_squares, [(3, squares[update])], number(update))
+        root = mean_squares.of(mean_squares.roots(number(update), 0.0), 3)
+        roots.append(float(to_numpy(root)))
+    expected = [4, 20 / 3, 26.5 / 1.875, 26.5 / 1.875, 54.625 / 1.96875]
+    np.testing.assert_allclose(np.square(roots), expected, rtol=1e-6)
+
+
+def test_epsilon_is_added_before_the_correction():
+    mean_squares = make()
+    take_in(mean_squares, [(3, 16.0)], 0)
+    # (sqrt(0.5 * 16) + 1) / sqrt(0.5)
+    (root,) = to_numpy(mean_squares.roots(0, 1.0))
+    assert root == pytest.approx(4 + 2**0.5)
+
+
+def test_what_is_not_finite_or_missing_changes_nothing():
+    mean_squares = make(indices=(0, 2, 5))
+    take_in(mean_squares, [(0, 2.0), (2, 4.0), (5, 6.0)], 0)
+    take_in(mean_squares, [(0, np.inf), (2, np.nan)], 1)
+    np.testing.assert_array_equal(to_numpy(mean_squares.variable), [1, 2, 3])
+
+
+@pytest.mark.parametrize("number", [int, ops.convert_to_tensor])
+def test_a_counter_that_ran_over_corrects_nothing(number):
+    mean_squares = make()
+    mean_squares.variable.assign([9.0])
+    roots = mean_squares.roots(number(-(2**31) + 1), 0.0)
+    np.testing.assert_allclose(to_numpy(roots), [3.0], rtol=1e-6)
+
+
+def test_a_parameter_without_a_gradient_keeps_its_mean_square():
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    optimizer.build(model.trainable_variables)
+    weights = model.weights
+    optimizer.apply([ops.ones(w.shape) for w in weights], weights)
+    (variable,) = [v for v in optimizer.variables if v.name == "mean_squares"]
+    before = to_numpy(variable)
+    assert np.all(before > 0)
+    optimizer.apply([3 * ops.ones(w.shape) for w in weights[:2]], weights[:2])
+    after = to_numpy(variable)
+    assert np.all(after[:2] > before[:2])
+    np.testing.assert_array_equal(after[2:], before[2:])
