@@ -787,7 +787,7 @@ class AdaFisherW(AdaFisher):
         - [Martins Gomes et al., ICLR 2025](https://arxiv.org/abs/2405.16397)
 
     Args:
-        weight_decay: Float. Defaults to `0.01`.
+        weight_decay: Float. Defaults to `0.1`.
 
     All other arguments are those of `keras_adafisher.AdaFisher`.
     """
@@ -806,7 +806,7 @@ class AdaFisherW(AdaFisher):
         rms_decay=0.99,
         adam_beta_2=0.999,
         adam_epsilon=1e-7,
-        weight_decay=0.01,
+        weight_decay=0.1,
         clipnorm=None,
         clipvalue=None,
         global_clipnorm=None,

@@ -283,7 +283,7 @@ def test_adafisherw_is_adafisher_with_weight_decay():
 
     assert_same(
         run(keras_adafisher.AdaFisherW()),
-        run(keras_adafisher.AdaFisher(weight_decay=0.01)),
+        run(keras_adafisher.AdaFisher(weight_decay=0.1)),
     )
 
 
@@ -665,7 +665,7 @@ def test_defaults():
     }
     assert {name: config[name] for name in defaults} == defaults
     np.testing.assert_allclose(config["learning_rate"], 3e-3)
-    assert keras_adafisher.AdaFisherW().weight_decay == 0.01
+    assert keras_adafisher.AdaFisherW().weight_decay == 0.1
 
 
 WRONG = [
