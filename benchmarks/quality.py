@@ -38,7 +38,7 @@ import keras_adafisher  # isort: skip
 from benchmarks.quality_tasks import TASKS  # isort: skip
 from benchmarks.training import Trainer  # isort: skip
 
-ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # From a name to a function that makes the optimizer with its defaults, the
 # five learning rates that it is tuned over, and what it calls its momentum.
 RIVALS = {
