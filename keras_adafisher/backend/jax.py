@@ -55,6 +55,12 @@ def mean_square(x, axis):
     return (x * x * (1 / size)).sum(axis)
 
 
+def window_mean(*args):
+    # Accelerators multiply in less than single precision if they may.
+    with jax.default_matmul_precision("highest"):
+        return common.window_mean(*args)
+
+
 def layout_like(parameters, shape):
     distribution = keras.distribution.distribution()
     if distribution is None:
