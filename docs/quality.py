@@ -426,13 +426,13 @@ def summary(results, means, mean_ranks, shares):
     def add(what, value, goal, is_met):
         rows.append([what, value, goal, "yes" if is_met else "no"])
 
-    reach = min(means[r] for r in OURS)
-    add(
-        "time to AdamW's best, geometric mean",
-        f"{reach:.2f}",
-        "≤ 0.70",
-        reach <= 0.7,
-    )
+    for rival in OURS:
+        add(
+            f"{rival}'s time to AdamW's best, geometric mean",
+            f"{means[rival]:.2f}",
+            "≤ 0.70",
+            means[rival] <= 0.7,
+        )
     best, close = 0, 0
     for task, data in results.items():
         own = mean_scores(data, "tuned")
@@ -477,7 +477,7 @@ def summary(results, means, mean_ranks, shares):
             f"≥ Adam's {total['Adam']:.2f}",
             total["AdaFisher"] >= total["Adam"],
         )
-    return table(["", "AdaFisher", "goal", "met"], rows)
+    return table(["", "found", "goal", "met"], rows)
 
 
 def write(results, output):

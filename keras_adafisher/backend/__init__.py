@@ -46,7 +46,6 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
-    from keras_adafisher.backend.jax import mean_square
     from keras_adafisher.backend.jax import whole_layout
     from keras_adafisher.backend.jax import window_mean
 elif _keras_backend.backend() == "tensorflow":

@@ -250,6 +250,8 @@ def cond(pred, true_fn, false_fn):
 
 def mean_square(x, axis):
     """`statistics.mean_square`."""
+    # In this form XLA knows it for a sum of squares: on a CPU, one with a
+    # factor inside takes up to ten times as long.
     x = ops.square(ops.cast(x, "float32"))
     return ops.mean(x, axis=axis) if axis else x
 

@@ -1,7 +1,5 @@
 """JAX' exceptions: `keras.distribution` spreads variables over devices."""
 
-import math
-
 import jax
 import keras
 from jax.sharding import NamedSharding
@@ -42,17 +40,6 @@ def evaluator(compute_loss, data, variables):
             return compute_loss(*data)
 
     return lambda: stateless([v.value for v in variables], data)
-
-
-def mean_square(x, axis):
-    size = math.prod(x.shape[a] for a in axis)
-    if not size:
-        # Of no example: NaNs.
-        return common.mean_square(x, axis)
-    # A factor inside of the sum is part of its loop, one behind it is another
-    # to compile.
-    x = x.astype("float32")
-    return (x * x * (1 / size)).sum(axis)
 
 
 def window_mean(*args):
