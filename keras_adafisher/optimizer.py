@@ -883,11 +883,6 @@ def _complete_probes(variables):
     return list(probes.values())
 
 
-def _name_of(variable):
-    """As Keras names optimizer variables after those of the model."""
-    return variable.path.replace("/", "_")
-
-
 def _past_the_largest(step):
     """The number of a step, a float, also where the counter ran over.
 
