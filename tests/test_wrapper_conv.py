@@ -100,6 +100,34 @@ def test_channels_first_is_channels_last_moved(rng):
         )
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Uses no operations of Keras. `test_cost` counts",
+)
+def test_no_patch_of_the_input_is_built(rng, monkeypatch):
+    """The largest tensor of a statistic is the input itself."""
+    block = ConvBlock(
+        None, None, 3, 2, (7, 7), (1, 1), (1, 1), "same", "channels_last"
+    )
+    h = ops.convert_to_tensor(rng.normal(size=(8, 16, 16, 3)).astype("float32"))
+    sizes = []
+    for name in ("mean", "square", "matmul", "reshape"):
+        original = getattr(ops, name)
+
+        def counted(x, *args, original=original, **kwargs):
+            y = original(x, *args, **kwargs)
+            sizes.append(np.prod(y.shape))
+            return y
+
+        monkeypatch.setattr(ops, name, counted)
+    block.activation_statistic(h)
+    # A product and two changes of shape for each axis.
+    assert len(sizes) >= 2 + 2 * 3
+    assert max(sizes) == 8 * 16 * 16 * 3
+    # All but the square work on one map.
+    assert sorted(sizes)[-2] <= 16 * 16 * 3
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
 def test_outputs_are_those_of_the_plain_layer(activation, rng):
     model = keras.Sequential(
