@@ -13,6 +13,7 @@ AdaFisher trains do they behave differently:
   the one where JAX' reads the other. (On PyTorch a model has no probes.)
 - `Model.summary`, `Model.export` and `Model.get_state_tree` see the model
   without wrappers.
+- `Model.make_train_function` builds the optimizer if the model is built.
 - `Model.set_state_tree` lets an AdaFisher ask for a measurement, as loading
   weights does.
 """
@@ -42,6 +43,9 @@ def install():
     if hasattr(owner.compile, "without_adafisher"):
         return
     owner.compile = _hooked_compile(owner.compile)
+    keras.Model.make_train_function = _hooked_make_train_function(
+        keras.Model.make_train_function
+    )
     keras.Model.trainable_variables = _hooked_trainable_variables(
         keras.Model.trainable_variables
     )
@@ -81,6 +85,21 @@ def _hooked_compile(compile):
 
     compile_and_wrap.without_adafisher = compile
     return compile_and_wrap
+
+
+def _hooked_make_train_function(make_train_function):
+    @functools.wraps(make_train_function)
+    def build_and_make_train_function(self, *args, **kwargs):
+        # TensorFlow's trainer builds the optimizer while it traces the step,
+        # and a `tf.function` that has made variables is traced once more.
+        optimizer = getattr(self, "optimizer", None)
+        if any(adafishers(optimizer)) and not optimizer.built:
+            layers = plain_layers("make_train_function", self)
+            if all(layer.built for layer in layers):
+                optimizer.build(self.trainable_variables)
+        return make_train_function(self, *args, **kwargs)
+
+    return build_and_make_train_function
 
 
 def _hooked_trainable_variables(trainable_variables):

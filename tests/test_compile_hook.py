@@ -1,6 +1,7 @@
 import inspect
 
 import keras
+import numpy as np
 import pytest
 from models import cross_entropy
 from models import data
@@ -86,6 +87,34 @@ def test_a_former_optimizer_asks_for_nothing_more():
         is_torch = keras.backend.backend() == "torch"
         asked = probe.listening if is_torch else probe.request.numpy()
         assert asked == 0
+
+
+def test_the_optimizer_is_built_before_the_first_step():
+    """And not by `compile`: what is frozen after it isn't trained."""
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher()
+    model.compile(optimizer, loss=cross_entropy())
+    model.layers[0].trainable = False
+    assert not optimizer.built
+    model.make_train_function()
+    assert optimizer.built
+    kernel = model.layers[0].kernel.numpy()
+    model.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), kernel)
+
+
+def test_a_model_that_is_not_built_yet():
+    """Its optimizer waits for the first batch, like any other."""
+    x, y = data()
+    model = keras.Sequential([keras.layers.Dense(3)])
+    optimizer = keras_adafisher.AdaFisher()
+    model.compile(optimizer, loss=cross_entropy())
+    model.make_train_function()
+    assert not optimizer.built
+    model.fit(x, y, verbose=0)
+    assert optimizer.built
+    assert len(probes_in(model)) == 1
 
 
 def test_trainable_weights_are_the_trainable_variables():
