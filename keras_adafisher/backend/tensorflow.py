@@ -1,6 +1,7 @@
 """TensorFlow's exceptions: `tf.distribute` makes its replicas visible."""
 
 import contextlib
+import math
 
 import tensorflow as tf
 from keras import ops
@@ -122,11 +123,12 @@ def _wrong_scope(variable, other):
 
 
 def mean_square(x, axis):
-    if not x.shape.rank or len(axis) < x.shape.rank:
+    if not axis:
         return common.mean_square(x, axis)
-    # Without a tensor of squares.
-    size = tf.cast(tf.size(x), "float32")
-    return tf.nn.l2_loss(tf.cast(x, "float32")) * (2 / size)
+    # In one operation, without a tensor of squares.
+    norm = tf.math.reduce_euclidean_norm(tf.cast(x, "float32"), axis)
+    count = math.prod(ops.shape(x)[a] for a in axis)
+    return tf.square(norm) / tf.cast(count, "float32")
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):
