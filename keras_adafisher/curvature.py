@@ -292,13 +292,13 @@ class Factors:
         return self._joined(calls, totals)
 
     def _joined(self, calls, totals):
-        parts = []
+        parts = list(calls)
         for number, name in self._order:
             total = totals.get((number, name))
             if total is None:
                 total = ops.zeros(self.curvatures[number].places[name][1])
-            parts.append(_flat(total))
-        answers = ops.concatenate([ops.stack(calls), *parts])
+            parts.append(total)
+        answers = ops.concatenate(list(map(_flat, parts)))
         return backend.keep_layout(answers, self.vector)
 
     def add(self, answers, is_last):

@@ -25,6 +25,7 @@ up to 0.
 import collections
 import weakref
 
+import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
@@ -73,7 +74,8 @@ class Probe:
             layout = backend.layout_like(self.parameters_of(what), shape)
             variable = wrapper.add_weight(
                 shape=shape,
-                initializer="ones" if what == "request" else "zeros",
+                # NumPy's. JAX compiles its own anew for each shape.
+                initializer=np.ones if what == "request" else np.zeros,
                 dtype="float32",
                 # Under mixed precision a variable is cast where it is read,
                 # and the tap's zeros and answers would differ in dtype.

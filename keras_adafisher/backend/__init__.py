@@ -48,6 +48,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import layout_like
     from keras_adafisher.backend.jax import whole_layout
     from keras_adafisher.backend.jax import window_mean
+    from keras_adafisher.backend.jax import write_requests
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope

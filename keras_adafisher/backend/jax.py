@@ -42,6 +42,16 @@ def evaluator(compute_loss, data, variables):
     return lambda: stateless([v.value for v in variables], data)
 
 
+def write_requests(probes, mask, wanted, bit, assign):
+    values = [probe.request.value for probe in probes]
+    if any(isinstance(value, jax.core.Tracer) for value in (wanted, *values)):
+        common.write_requests(probes, mask, wanted, bit, assign)
+        return
+    # Outside of a trace, each operation would be compiled by itself.
+    for probe, value in zip(probes, jax.device_get(values), strict=True):
+        assign(probe.request, float(int(value) & mask | int(wanted) * bit))
+
+
 def window_mean(*args):
     # Accelerators multiply in less than single precision if they may.
     with jax.default_matmul_precision("highest"):
