@@ -16,6 +16,8 @@ import torch
 from keras import ops
 from torch.nn.parallel import DistributedDataParallel
 
+from keras_adafisher.backend import common
+
 # Entries whose squares are in memory at a time.
 _PART_SIZE = {"cpu": 2**16}
 _OTHER_PART_SIZE = 2**24
@@ -125,8 +127,9 @@ def sum_over_replicas(probes, answers, wanted):
 
 
 def constant(values, dtype):
-    # Copied to the device once, not at each use.
-    return ops.convert_to_tensor(values, dtype)
+    # Copied to the device once, not at each use. Of a list, Keras would look at
+    # each entry, to find tensors among them.
+    return ops.convert_to_tensor(common.constant(values, dtype))
 
 
 def view(variable, make, views, name):
@@ -155,6 +158,9 @@ def cond(pred, true_fn, false_fn):
 
 
 def tap(z, h, probe, default):
+    if z.is_meta:
+        # Keras infers shapes. There is nothing to measure.
+        return z
     # `torch.compile` doesn't trace a function that is handed a probe.
     if torch.compiler.is_compiling():
         return default(z, h, probe)
@@ -231,6 +237,8 @@ def _mean_square(x, axis):
     if x.numel() > limit:
         rows = max(limit * x.shape[axis[0]] // x.numel(), 1)
         parts = x.split(rows, axis[0])
+    if len(parts) == 1:
+        return _squares(x).mean(axis)
     total = _squares(parts[0]).sum(axis)
     for part in parts[1:]:
         total += _squares(part).sum(axis)

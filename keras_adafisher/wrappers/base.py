@@ -357,33 +357,34 @@ def _check_shapes(block, host):
                 f"integers >= 0. Layer '{host.path or host.name}' got "
                 f"{name}={shape}"
             )
-    activation, gradient, bias_gradient, one = (
-        # Symbolic: only shapes are computed, however large the parameter is.
-        keras.KerasTensor(shape, dtype="float32")
-        for shape in (
-            block.activation_shape,
-            block.gradient_shape,
-            block.bias_gradient_shape or block.gradient_shape,
-            (),
-        )
-    )
-    for parameter, fisher, factors in (
-        (block.weight, block.fisher_of_weight, (activation, gradient)),
-        (block.bias, block.fisher_of_bias, (one, bias_gradient)),
+    of_weight = block.activation_shape, block.gradient_shape
+    of_bias = (), block.bias_gradient_shape or block.gradient_shape
+    for parameter, name, shapes in (
+        (block.weight, "fisher_of_weight", of_weight),
+        (block.bias, "fisher_of_bias", of_bias),
     ):
         if parameter is None:
             continue
-        shapes = " and ".join(str(tuple(factor.shape)) for factor in factors)
         shape = tuple(parameter.shape)
         try:
-            got = tuple(fisher(*factors).shape)
+            got = _fisher_shape(block, name, shapes)
             fits = np.broadcast_shapes(got, shape) == shape
         except ValueError:
             got, fits = "none", False
         if not fits:
+            shapes = " and ".join(str(tuple(shape)) for shape in shapes)
             raise ValueError(
                 "Kronecker factors must broadcast to their parameter. Layer "
                 f"'{host.path or host.name}', parameter '{parameter.name}' of "
                 f"shape {shape}: {block.__class__.__name__} has factors of "
                 f"shapes {shapes}, which give a Fisher diagonal of shape {got}."
             )
+
+
+def _fisher_shape(block, name, shapes):
+    """Shape of the Fisher diagonal that a method of a block returns."""
+    if getattr(type(block), name) is getattr(Block, name):
+        return np.broadcast_shapes(*shapes)
+    # Symbolic: only shapes are computed, however large the parameter is.
+    factors = [keras.KerasTensor(shape, dtype="float32") for shape in shapes]
+    return tuple(getattr(block, name)(*factors).shape)
