@@ -446,6 +446,27 @@ MUTATIONS = [
         "    if False:\n        return None",
         "test_registry",
     ),
+    # Before the first step.
+    Mutation(
+        "compile_hook.py",
+        "if all(layer.built for layer in layers):",
+        "if True:",
+        "test_compile_hook",
+    ),
+    Mutation(
+        "compile_hook.py",
+        "optimizer.build(self.trainable_variables)",
+        "pass",
+        "test_cost",
+        "tensorflow",
+    ),
+    Mutation(
+        "backend/jax.py",
+        "int(value) & mask | int(wanted) * bit",
+        "int(wanted) * bit",
+        "test_sharing",
+        "jax",
+    ),
 ]
 
 
