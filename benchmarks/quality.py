@@ -8,6 +8,8 @@ Three comparisons, each with every optimizer of `RIVALS`:
   with less momentum too, then three fresh seeds of the best. All have the
   seconds that Adam takes for the task's epochs: who takes longer for a step
   has fewer of them, and a cosine schedule that is as much shorter.
+- sooner: the same three seeds with schedules that end before that time is over.
+  Who wants a given loss as soon as possible doesn't wait for a long schedule.
 - defaults: the optimizer as it is without arguments, without a schedule.
 - robust: learning rates over four decades and three batch sizes, on the small
   tasks.
@@ -70,6 +72,9 @@ LESS_MOMENTUM = 0.8
 OURS = ("AdaFisher", "AdaFisherW")
 # It has no use for a schedule: that is what it is for.
 CONSTANT = ("ScheduleFreeAdamW",)
+SEEDS = (1, 2, 3)
+# Of Adam's time.
+SHORTER = (0.5, 0.7)
 SMALL = ("digits", "cancer", "diabetes")
 # So that two processes end at about the same time.
 LARGEST_FIRST = (
@@ -117,6 +122,9 @@ def measure(name, arguments):
     comparisons = {
         "tuned": lambda rival: tuned(
             name, rival, ratios[rival]["median"], level
+        ),
+        "sooner": lambda rival: sooner(
+            name, rival, results.data["rows"][f"tuned: {rival}"]
         ),
         "defaults": lambda rival: defaults(name, rival, level),
     }
@@ -185,10 +193,9 @@ def tuned(name, rival, ratio, level):
     task = task_of(name)
     # In units of the time between two evaluations.
     parts = max(1, round(task.epochs * task.evaluations / ratio))
-    rates = RIVALS[rival][1]
-    seeds = (1, 2, 3)
+    rates, seeds = RIVALS[rival][1], SEEDS
     if level == "tiny":
-        rates, seeds, parts = rates[1:3], (1,), min(parts, 2)
+        rates, seeds, parts = rates[1:3], SEEDS[:1], min(parts, 2)
 
     def run(trial, seed):
         rate, momentum = trial
@@ -208,6 +215,35 @@ def tuned(name, rival, ratio, level):
         "parts": parts,
         "steps": trainer(name, rival).steps,
         "runs": [as_row(run(best, seed)) for seed in seeds],
+    }
+
+
+def sooner(name, rival, found):
+    """Train the trial that `tuned` has found in shorter times.
+
+    Returns:
+        Dict from the share of Adam's time to a list of the seeds' validation
+        losses.
+    """
+    schedule = schedule_of(rival)
+    if schedule == "constant":
+        # The longest run has all of them in it.
+        return {}
+    program = trainer(name, rival, momentum=found["momentum"])
+    return {
+        f"{share:g}": [
+            [
+                short(loss)
+                for loss in program.run(
+                    found["learning_rate"],
+                    seed,
+                    max(1, round(share * found["parts"])),
+                    schedule,
+                ).validation
+            ]
+            for seed in SEEDS[: len(found["runs"])]
+        ]
+        for share in SHORTER
     }
 
 

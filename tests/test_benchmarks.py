@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import runpy
 import sys
 
 import keras
@@ -116,13 +117,18 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
     rows = json.loads((folder / "quality-diabetes-jax.json").read_text())[
         "rows"
     ]
-    # The cost of a step, and three comparisons of ten optimizers.
-    assert len(rows) == 1 + 3 * 10
+    # The cost of a step, and four comparisons of ten optimizers.
+    assert len(rows) == 1 + 4 * 10
     for name, row in rows.items():
         if name.startswith(("tuned", "defaults")):
             assert all(
                 np.isfinite(run["validation"]).all() for run in row["runs"]
             )
+        if name.startswith("sooner") and "ScheduleFree" not in name:
+            for share in ("0.5", "0.7"):
+                (losses,) = row[share]
+                assert np.isfinite(losses).all()
+                assert len(losses) == 1
     run("docs/quality.py", f"--results={folder}", f"--output={tmp_path}")
     page = (tmp_path / "quality.md").read_text()
     # Scores tuned and at the defaults, times to the target, costs, rates.
@@ -131,3 +137,29 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
         path = tmp_path / "quality" / f"{plot}.svg"
         assert path.stat().st_size > 10_000
         assert f"(quality/{plot}.svg)" in page
+
+
+def test_times_to_a_target():
+    """The first of the schedules stops the clock, the median seed counts."""
+    page = runpy.run_path(str(ROOT / "docs" / "quality.py"))
+    rows = {"step": {rival: {"median": 1.0} for rival in page["RIVALS"]}}
+    for rival in page["RIVALS"]:
+        losses = [[4, 3, 3, 3]] * 3
+        rows[f"tuned: {rival}"] = {"runs": [{"validation": x} for x in losses]}
+        rows[f"sooner: {rival}"] = {"0.5": [[4, 3.5]] * 3}
+    # Its lowest are 2, 1 and 1.5.
+    losses = [[4, 3, 2, 2], [4, 3, 2, 1], [4, 3, 1.5, 2]]
+    rows["tuned: AdamW"] = {"runs": [{"validation": x} for x in losses]}
+    # At 1.5, after three, three and a half and no evaluations.
+    losses = [[4, 3, 1.5, 1.5], [4, 3, 2, 1], [4, 3, 2, 2]]
+    rows["tuned: Adam"] = {"runs": [{"validation": x} for x in losses]}
+    # Two of them are there after one and three quarters.
+    rows["sooner: Adam"] = {"0.5": [[3, 1], [3, 1], [4, 3.5]]}
+    rows["step"]["Adam"]["median"] = 2.0
+    # The median of AdamW's own: never, 3.5, 3.
+    longest = page["times_to_target"]({"rows": rows}, only_longest=True)
+    assert longest["AdamW"] == 1
+    assert longest["Adam"] == pytest.approx(2 * 3.5 / 3.5)
+    assert longest["SGD"] == float("inf")
+    times = page["times_to_target"]({"rows": rows})
+    assert times["Adam"] == pytest.approx(2 * 1.75 / 3.5)
