@@ -442,9 +442,9 @@ def _factors(optimizer):
         pairs[id(weight)].append((curvature.activation, curvature.gradient))
         pairs[id(bias)].append((curvature.one, curvature.bias_gradient))
     variables = zip(
-        optimizer._trainable_variables, optimizer._fisher_terms, strict=True
+        optimizer._trainable_variables, optimizer._fishers, strict=True
     )
-    return [(v, pairs[id(v)]) for v, terms in variables if terms]
+    return [(v, pairs[id(v)]) for v, fisher in variables if fisher]
 
 
 def _numpy(tensor):

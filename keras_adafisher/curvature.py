@@ -88,15 +88,23 @@ class Curvature:
         return [self.factor(name) for name in self.places]
 
     def terms(self):
-        """Pairs of a parameter and the function for its Fisher diagonal."""
-        pairs = [
-            (self.block.weight, self.fisher_of_weight),
-            (self.block.bias, self.fisher_of_bias),
-        ]
-        return [pair for pair in pairs if pair[0] is not None]
+        """List of triples: what the block adds to Fisher diagonals.
 
-    def fisher_of_weight(self):
-        return self.block.fisher_of_weight(self.activation, self.gradient)
+        A parameter, a function for the diagonal, and a bool, whether that can
+        be called with `rows`.
+        """
+        triples = [
+            (self.block.weight, self.fisher_of_weight, self.block.takes_rows),
+            (self.block.bias, self.fisher_of_bias, False),
+        ]
+        return [triple for triple in triples if triple[0] is not None]
+
+    def fisher_of_weight(self, rows=None):
+        rank = len(self.block.weight.shape)
+        return self.block.fisher_of_weight(
+            _rows_of(self.activation, rows, rank),
+            _rows_of(self.gradient, rows, rank),
+        )
 
     def fisher_of_bias(self):
         return self.block.fisher_of_bias(self.one, self.bias_gradient)
@@ -122,6 +130,35 @@ class Curvature:
             names.remove("one")
             return [["activation", "one"], *([name] for name in names[1:])]
         return [[name] for name in names]
+
+
+class FisherDiagonal:
+    """The undamped Fisher diagonal of one parameter, computed when called.
+
+    The sum over the blocks that it belongs to. It is false if there are none.
+    """
+
+    def __init__(self):
+        self._terms = []
+        self.takes_rows = True
+
+    def add(self, function, takes_rows):
+        """Add what a block has: see `Curvature.terms`."""
+        self._terms.append(function)
+        self.takes_rows = self.takes_rows and takes_rows
+
+    def __bool__(self):
+        return bool(self._terms)
+
+    def __call__(self, rows=None):
+        """A new tensor that broadcasts to the parameter's shape.
+
+        Args:
+            rows: Slice of the first axis, if `takes_rows`. Defaults to all.
+        """
+        kwargs = {} if rows is None else {"rows": rows}
+        first, *others = (term(**kwargs) for term in self._terms)
+        return sum(others, start=first)
 
 
 class Factors:
@@ -396,6 +433,12 @@ def _part(vector, start, shape, variable):
     # sends the entries to where they belong at each step.
     entries = backend.keep_layout(entries, variable)
     return backend.reshape(entries, shape)
+
+
+def _rows_of(factor, rows, rank):
+    """The part of a factor that some rows of a parameter meet."""
+    has_rows = len(factor.shape) == rank and factor.shape[0] > 1
+    return factor if rows is None or not has_rows else factor[rows]
 
 
 def _flat(tensor):

@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.curvature import Factors
+from keras_adafisher.curvature import FisherDiagonal
 from keras_adafisher.mean_squares import MeanSquares
 from keras_adafisher.probe import ask
 from keras_adafisher.probe import probe_of
@@ -298,20 +299,19 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             self.add_variable,
         )
         self._curvatures = self._factors.curvatures
-        # For each variable the functions that compute its Fisher diagonal,
-        # which is their sum. None of them: AdamW's rule.
-        self._fisher_terms = [[] for _ in variables]
+        # Without one, AdamW's rule.
+        self._fishers = [FisherDiagonal() for _ in variables]
         # For each weight the factors that its gradient may have to estimate.
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
         self._update_now = None
         self._shared = None
         for curvature in self._curvatures:
-            for parameter, term in curvature.terms():
+            for parameter, *term in curvature.terms():
                 index = self._index_of(parameter)
                 if index is None:
                     continue
-                self._fisher_terms[index].append(term)
+                self._fishers[index].add(*term)
                 if parameter is curvature.block.weight:
                     self._curvatures_of[index].append(curvature)
         self._velocities = [None] * len(variables)
@@ -319,7 +319,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         for index, variable in enumerate(variables):
             if self._momentums[index] is None:
                 continue
-            if self._fisher_terms[index]:
+            if self._fishers[index]:
                 factored.append(index)
             else:
                 self._velocities[index] = self.add_variable_from_reference(
@@ -426,7 +426,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         unmeasured = {}
         for gradient, variable in zip(grads, variables, strict=True):
             index = self._get_variable_index(variable)
-            if self._fisher_terms[index]:
+            if self._fishers[index]:
                 gradients[index] = gradient
             for curvature in self._curvatures_of[index]:
                 if not curvature.is_measured:
@@ -450,7 +450,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             squares = {
                 index: backend.mean_square_of_quotient(
                     ops.convert_to_tensor(gradient),
-                    self._undamped_fisher(index),
+                    self._fishers[index],
                     self.damping,
                 )
                 for index, gradient in gradients.items()
@@ -480,7 +480,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             # `change`, for which a compiler would keep the old momentum.)
             m = m + (gradient - m) * (1 - self.beta)
 
-        is_factored = bool(self._fisher_terms[index])
+        is_factored = bool(self._fishers[index])
         if is_factored:
             denominator = self._fisher(index)
         else:
@@ -504,7 +504,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         """
         # The same for many variables: made once in each `apply`.
         made = {} if self._shared is None else self._shared
-        is_factored = bool(self._fisher_terms[index])
+        is_factored = bool(self._fishers[index])
         key = is_factored, dtype
         if key not in made:
             step = _past_the_largest(ops.cast(self.iterations + 1, dtype))
@@ -539,7 +539,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 by AdamW's rule.
         """
         index = self._index_of(variable) if self.built else None
-        if index is None or not self._fisher_terms[index]:
+        if index is None or not self._fishers[index]:
             raise ValueError(
                 "Argument `variable` must be a variable that the optimizer "
                 "has Kronecker factors for. "
@@ -688,11 +688,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         return type(self).update_step is not AdaFisher.update_step
 
     def _fisher(self, index):
-        return self._undamped_fisher(index) + self.damping
-
-    def _undamped_fisher(self, index):
-        first, *others = (term() for term in self._fisher_terms[index])
-        return sum(others, start=first)
+        return self._fishers[index]() + self.damping
 
     def _updates_before(self, step):
         return step // (self.gradient_accumulation_steps or 1)

@@ -82,8 +82,8 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "momentum, gradient, 1 - self.beta",
-        "momentum, gradient, 0.0",
+        "momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)",
+        "momentums = torch._foreach_lerp(momentums, gradients, 0.0)",
         "test_optimizer",
     ),
     Mutation(
@@ -180,8 +180,8 @@ MUTATIONS = [
     ),
     Mutation(
         OPTIMIZER,
-        "return self._undamped_fisher(index) + self.damping",
-        "return self._undamped_fisher(index)",
+        "return self._fishers[index]() + self.damping",
+        "return self._fishers[index]()",
         "test_optimizer",
     ),
     Mutation(
@@ -354,8 +354,8 @@ MUTATIONS = [
     ),
     Mutation(
         "backend/tensorflow.py",
-        "* (2 / size)",
-        "/ size",
+        "count = math.prod(ops.shape(x)[a] for a in axis)",
+        "count = 1",
         "test_optimizer",
         backend="tensorflow",
     ),
@@ -445,6 +445,19 @@ MUTATIONS = [
         "    if override is not None:\n        return None",
         "    if False:\n        return None",
         "test_registry",
+    ),
+    # Large variables in parts.
+    Mutation(
+        CURVATURE,
+        "factor if rows is None or not has_rows else factor[rows]",
+        "factor",
+        "test_curvature test_torch_update",
+    ),
+    Mutation(
+        UPDATE,
+        "(momentums,) = _cut(rows, momentums)",
+        "momentums = [m[: len(v)] for m, v in zip(momentums, values)]",
+        "test_torch_update",
     ),
     # Before the first step.
     Mutation(

@@ -9,6 +9,7 @@ import reference
 from keras import ops
 from models import to_numpy
 
+import keras_adafisher
 from keras_adafisher.curvature import Factors
 from keras_adafisher.wrappers import Block
 
@@ -285,3 +286,46 @@ def test_an_estimate_changes_the_factors_of_its_block_only(rng):
     # The gradient of a weight that isn't used.
     take_in(gradient * 0)
     assert_state(factors, [before[0], after, before[2]])
+
+
+LAYERS = {
+    "Dense": (lambda: keras.layers.Dense(3), (4,)),
+    "EinsumDense": (
+        lambda: keras.layers.EinsumDense("abc,cde->abde", (None, 3, 2)),
+        (5, 4),
+    ),
+    "Embedding": (lambda: keras.layers.Embedding(7, 3), (4,)),
+    "Conv2D": (lambda: keras.layers.Conv2D(4, 3), (6, 6, 2)),
+    "Conv2D, groups": (lambda: keras.layers.Conv2D(6, 3, groups=2), (6, 6, 4)),
+    "Conv1DTranspose": (lambda: keras.layers.Conv1DTranspose(4, 3), (6, 2)),
+    "DepthwiseConv1D": (lambda: keras.layers.DepthwiseConv1D(3), (6, 2)),
+    "LayerNormalization": (lambda: keras.layers.LayerNormalization(), (5,)),
+    "GRU": (lambda: keras.layers.GRU(3), (5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_of_a_fisher_diagonal(name):
+    """All rows, a few at a time, are the whole."""
+    make_layer, shape = LAYERS[name]
+    model = keras.Sequential([keras.Input(shape), make_layer()])
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables)
+    (vector,) = (v for v in optimizer.variables if v.name == "factors")
+    rng = np.random.default_rng(0)
+    vector.assign(rng.uniform(1, 2, vector.shape))
+    (layer,) = model.layers
+    weight = layer.trainable_variables[0]
+    fisher = optimizer._fishers[optimizer._index_of(weight)]
+    assert fisher.takes_rows
+    whole = keras.ops.broadcast_to(fisher(), weight.shape)
+    for size in (1, 2):
+        parts = []
+        for start in range(0, weight.shape[0], size):
+            part = whole[start : start + size]
+            rows = fisher(slice(start, start + size))
+            parts.append(keras.ops.broadcast_to(rows, part.shape))
+        np.testing.assert_array_equal(
+            to_numpy(keras.ops.concatenate(parts)), to_numpy(whole)
+        )

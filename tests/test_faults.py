@@ -73,7 +73,7 @@ def factors(optimizer):
 def assert_sound(optimizer):
     """Each Fisher diagonal is finite and at least the damping."""
     for curvature in optimizer._curvatures:
-        for parameter, _ in curvature.terms():
+        for parameter, *_ in curvature.terms():
             fisher = to_numpy(optimizer.fisher_diagonal(parameter))
             assert np.all(np.isfinite(fisher))
             assert np.all(fisher >= np.float32(optimizer.damping))

@@ -132,14 +132,9 @@ def test_any_cut_into_batches_gives_the_same(limit, monkeypatch):
     assert_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize(("step", "fishers"), [(2, 2), (3, 1)])
-def test_quotients_of_a_large_variable_are_never_all_in_memory(
-    step, fishers, monkeypatch
-):
-    """The Fisher diagonal is the only tensor of its size.
-
-    It is made anew for the mean square, at steps that measure.
-    """
+@pytest.mark.parametrize("step", [2, 3])
+def test_nothing_as_large_as_a_large_variable_is_made(step, monkeypatch):
+    """Neither at a step that measures nor at one that doesn't."""
     model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(32)])
     keras_adafisher.wrap(model)
     optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
@@ -165,7 +160,7 @@ def test_quotients_of_a_large_variable_are_never_all_in_memory(
         count = Count() if now == step else contextlib.nullcontext()
         with torch.no_grad(), count:
             optimizer.apply([v.value.grad for v in variables], variables)
-    assert largest == ["aten::mul.Tensor"] * fishers
+    assert not largest
 
 
 def test_stateless_calls_leave_their_arguments_alone():

@@ -261,8 +261,7 @@ def mean_square_of_quotient(gradient, fisher, damping):
 
     Args:
         gradient: Float tensor.
-        fisher: Float tensor that broadcasts to `gradient`. It may be
-            overwritten.
+        fisher: `FisherDiagonal` of the parameter.
         damping: Float.
 
     Returns:
@@ -271,7 +270,7 @@ def mean_square_of_quotient(gradient, fisher, damping):
     # With the exceptions of the backend that runs.
     from keras_adafisher import backend
 
-    quotient = ops.divide(gradient, fisher + damping)
+    quotient = ops.divide(gradient, fisher() + damping)
     return backend.mean_square(quotient, tuple(range(len(quotient.shape))))
 
 

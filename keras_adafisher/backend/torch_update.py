@@ -51,35 +51,58 @@ class Updater:
             ):
                 index = self._get_variable_index(variable)
                 value = variable.value
-                is_factored = bool(self._fisher_terms[index])
+                is_factored = bool(self._fishers[index])
                 groups[is_factored, value.dtype, value.device].append(
                     (index, value, gradient)
                 )
             for (is_factored, *_, device), group in groups.items():
                 for batch in _batches(group, device):
-                    self._update_batch(
-                        is_factored, *batch, learning_rate, roots
-                    )
+                    for part in self._parts(batch):
+                        self._update_part(
+                            is_factored, *part, learning_rate, roots
+                        )
 
-    def _update_batch(
-        self, is_factored, indices, values, gradients, learning_rate, roots
+    def _parts(self, batch):
+        """Cut a large variable, so that what is temporary takes little memory.
+
+        It is the only one of its batch.
+
+        Yields:
+            Tuples like `batch`, and the rows that are in it or `None`.
+        """
+        indices, values, gradients = batch
+        is_cut = len(values) == 1 and self._fishers[indices[0]].takes_rows
+        for rows in _rows(values[0]) if is_cut else [None]:
+            yield indices, *_cut(rows, values, gradients), rows
+
+    def _update_part(
+        self,
+        is_factored,
+        indices,
+        values,
+        gradients,
+        rows,
+        learning_rate,
+        roots,
     ):
         step = self._update_now + 1
         if step <= 0:
             # The counter, an int32, ran over. There is nothing to correct.
             step = 2**31
         momentums = [self._momentums[index].value for index in indices]
+        (momentums,) = _cut(rows, momentums)
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
         is_bounded = is_factored and roots is not None
         if is_factored:
-            denominators = [self._undamped_fisher(index) for index in indices]
+            denominators = [self._fishers[index](rows) for index in indices]
             torch._foreach_add_(denominators, self.damping)
             if is_bounded:
                 roots = [self._mean_squares.of(roots, i) for i in indices]
                 torch._foreach_mul_(denominators, roots)
         else:
             velocities = [self._velocities[index].value for index in indices]
+            (velocities,) = _cut(rows, velocities)
             torch._foreach_mul_(velocities, self.adam_beta_2)
             torch._foreach_addcmul_(
                 velocities, gradients, gradients, 1 - self.adam_beta_2
@@ -92,21 +115,11 @@ class Updater:
         else:
             learning_rate = ops.convert_to_tensor(learning_rate)
             learning_rate = learning_rate.to(values[0].device)
-        if not self.nesterov and not is_bounded:
-            _step(values, momentums, denominators, learning_rate, size)
-            return
-        for value, momentum, gradient, denominator in _parts(
-            values, momentums, gradients, denominators
-        ):
-            if self.nesterov:
-                # The momentum as the next step would have it.
-                momentum = torch._foreach_lerp(
-                    momentum, gradient, 1 - self.beta
-                )
-            if is_bounded:
-                _bounded_step(value, momentum, denominator, learning_rate, size)
-            else:
-                _step(value, momentum, denominator, learning_rate, size)
+        if self.nesterov:
+            # The momentum as the next step would have it.
+            momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)
+        step = _bounded_step if is_bounded else _step
+        step(values, momentums, denominators, learning_rate, size)
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():
@@ -132,8 +145,9 @@ def mean_square_of_quotient(gradient, fisher, damping):
     # In single precision at least.
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     norms = [
-        torch.linalg.vector_norm(a / b, dtype=dtype)
-        for (a,), (b,) in _parts([gradient], [fisher.add_(damping)])
+        torch.linalg.vector_norm(part / fisher(rows).add_(damping), dtype=dtype)
+        for rows in (_rows(gradient) if fisher.takes_rows else [None])
+        for ((part,),) in [_cut(rows, [gradient])]
     ]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     return (norm / gradient.numel() ** 0.5).square().to(torch.float32)
@@ -185,26 +199,20 @@ def _batches(group, device):
     yield zip(*batch, strict=True)
 
 
-def _parts(*lists):
-    """Cut what one large variable needs, so that quotients take little memory.
+def _rows(tensor):
+    """List of slices of a tensor's first axis. `[None]`: it needn't be cut."""
+    limit = _BATCH_SIZE.get(tensor.device.type, _OTHER_BATCH_SIZE)
+    if tensor.numel() <= limit:
+        return [None]
+    size = max(limit * len(tensor) // tensor.numel(), 1)
+    return [slice(i, i + size) for i in range(0, len(tensor), size)]
 
-    Args:
-        *lists: Lists of tensors. Those of a batch fit each other.
 
-    Returns:
-        List of tuples like `lists`.
-    """
-    first = lists[0][0]
-    limit = _BATCH_SIZE.get(first.device.type, _OTHER_BATCH_SIZE)
-    is_cut = first.numel() > limit and all(
-        tensors[0].shape == first.shape for tensors in lists
-    )
-    # A large variable is the only one of its batch.
-    if len(lists[0]) > 1 or not is_cut:
-        return [lists]
-    rows = max(limit * len(first) // first.numel(), 1)
-    parts = ([[part] for part in each[0].split(rows)] for each in lists)
-    return list(zip(*parts, strict=True))
+def _cut(rows, *lists):
+    """Rows of all tensors in some lists, which have one each."""
+    if rows is None:
+        return lists
+    return [[tensor[rows] for tensor in tensors] for tensors in lists]
 
 
 def _can_be_read(learning_rate):

@@ -64,6 +64,15 @@ class Block:
         return [v for v in (self.weight, self.bias) if v is not None]
 
     @property
+    def takes_rows(self):
+        """Whether `fisher_of_weight` takes some rows of the factors too.
+
+        A row is a position on the weight's first axis. Then large weights are
+        updated in parts, and take less memory.
+        """
+        return type(self).fisher_of_weight is Block.fisher_of_weight
+
+    @property
     def gradient_statistic_shape(self):
         """Shape of what `gradient_statistic` returns."""
         return self.gradient_shape

@@ -38,6 +38,9 @@ class ConvBlock(Block):
         groups: Int.
     """
 
+    # Those of the first kernel axis. Groups are on the last two.
+    takes_rows = True
+
     def __init__(
         self,
         weight,
