@@ -100,11 +100,11 @@ class Curvature:
         return [triple for triple in triples if triple[0] is not None]
 
     def fisher_of_weight(self, rows=None):
-        rank = len(self.block.weight.shape)
-        return self.block.fisher_of_weight(
-            _rows_of(self.activation, rows, rank),
-            _rows_of(self.gradient, rows, rank),
-        )
+        factors = [self.activation, self.gradient]
+        if rows is not None:
+            rank = len(self.block.weight.shape)
+            factors = [_rows_of(factor, rows, rank) for factor in factors]
+        return self.block.fisher_of_weight(*factors)
 
     def fisher_of_bias(self):
         return self.block.fisher_of_bias(self.one, self.bias_gradient)
@@ -156,8 +156,9 @@ class FisherDiagonal:
         Args:
             rows: Slice of the first axis, if `takes_rows`. Defaults to all.
         """
-        kwargs = {} if rows is None else {"rows": rows}
-        first, *others = (term(**kwargs) for term in self._terms)
+        first, *others = (
+            term() if rows is None else term(rows) for term in self._terms
+        )
         return sum(others, start=first)
 
 
@@ -250,8 +251,9 @@ class Factors:
         self._rows_of_blocks = _matrix(rows_of_blocks)
         self._blocks_of_rows = backend.constant([n for n, _ in rows], "int32")
         # Nothing is normalized together with the input that is always 1.
+        is_one = [names == ["one"] for _, names in rows]
         self._is_one = backend.constant(
-            [names == ["one"] for _, names in rows], "bool"
+            [is_one[row] for row in row_of_entries], "bool"
         )
         # The scale of the loss is that of `s`.
         self._has_scale = backend.constant(
@@ -400,30 +402,35 @@ class Factors:
         Returns:
             The normalized vector, and for each row whether it is finite.
         """
-
-        def reduced(function):
-            columns = [
-                function(_part(totals, start, shape, self.vector), axis=1)
-                for start, shape in self._matrices
-            ]
-            return ops.concatenate(columns) / divisors
-
+        has_range = self._normalization == "min_max"
+        reduce = backend.mean_min_max if has_range else _mean
+        columns = [
+            reduce(_part(totals, start, shape, self.vector))
+            for start, shape in self._matrices
+        ]
+        mean, *low_and_high = (
+            ops.concatenate(column) / divisors
+            for column in zip(*columns, strict=True)
+        )
         x = totals / self._to_entries(divisors)
         epsilon = 0.0 if epsilons is None else self._to_entries(epsilons)
-        mean = reduced(ops.mean)
-        if self._normalization == "mean":
+        if not has_range:
             x = factors.mean_scaled(x, epsilon, self._to_entries(mean))
         else:
-            low, high = reduced(ops.min), reduced(ops.max)
+            low, high = low_and_high
             x = factors.min_max(
                 x, epsilon, self._to_entries(low), self._to_entries(high)
             )
-        x = ops.where(self._to_entries(self._is_one), 1.0, x)
+        x = ops.where(self._is_one, 1.0, x)
         # A mean isn't finite if one of the entries isn't.
         return x, ops.isfinite(mean)
 
     def _to_entries(self, values_of_rows):
         return backend.take(values_of_rows, self._row_of_entries)
+
+
+def _mean(matrix):
+    return (ops.mean(matrix, axis=1),)
 
 
 def _part(vector, start, shape, variable):
@@ -438,7 +445,7 @@ def _part(vector, start, shape, variable):
 def _rows_of(factor, rows, rank):
     """The part of a factor that some rows of a parameter meet."""
     has_rows = len(factor.shape) == rank and factor.shape[0] > 1
-    return factor if rows is None or not has_rows else factor[rows]
+    return factor[rows] if has_rows else factor
 
 
 def _flat(tensor):

@@ -58,14 +58,14 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "torch._foreach_add_(denominators, self.damping)",
-        "torch._foreach_add_(denominators, 2 * self.damping)",
+        "torch._foreach_add_(denominator, self.damping)",
+        "torch._foreach_add_(denominator, 2 * self.damping)",
         "test_optimizer",
     ),
     Mutation(
         UPDATE,
-        "denominators = torch._foreach_sqrt(velocities)",
-        "denominators = torch._foreach_abs(velocities)",
+        "denominator = torch._foreach_sqrt(velocity)",
+        "denominator = torch._foreach_abs(velocity)",
         "test_optimizer",
     ),
     Mutation(
@@ -82,8 +82,8 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)",
-        "momentums = torch._foreach_lerp(momentums, gradients, 0.0)",
+        "momentum, gradient, 1 - self.beta",
+        "momentum, gradient, 0.0",
         "test_optimizer",
     ),
     Mutation(
@@ -154,8 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         CURVATURE,
-        "x = ops.where(self._to_entries(self._is_one), 1.0, x)",
-        "x = ops.where(self._to_entries(self._is_one), 0.0, x)",
+        "x = ops.where(self._is_one, 1.0, x)",
+        "x = ops.where(self._is_one, 0.0, x)",
         "test_optimizer",
     ),
     Mutation(
@@ -449,15 +449,22 @@ MUTATIONS = [
     # Large variables in parts.
     Mutation(
         CURVATURE,
-        "factor if rows is None or not has_rows else factor[rows]",
+        "factor[rows] if has_rows else factor",
         "factor",
         "test_curvature test_torch_update",
     ),
     Mutation(
         UPDATE,
-        "(momentums,) = _cut(rows, momentums)",
-        "momentums = [m[: len(v)] for m, v in zip(momentums, values)]",
+        "rows, values, momentums, gradients, velocities",
+        "rows, values, momentums, gradients, momentums",
         "test_torch_update",
+    ),
+    Mutation(
+        "backend/jax.py",
+        "jnp.minimum(a[1], b[1]),",
+        "jnp.minimum(a[1], a[1]),",
+        "test_curvature",
+        "jax",
     ),
     # Before the first step.
     Mutation(

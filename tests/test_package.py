@@ -5,12 +5,14 @@ import functools
 import pathlib
 
 import keras
+import mutations
 import pytest
 import test_keras_internals
 
 import keras_adafisher
 
 FOLDER = pathlib.Path(keras_adafisher.__file__).parent
+TESTS = pathlib.Path(__file__).parent
 SOURCES = {
     path.relative_to(FOLDER).as_posix(): ast.parse(path.read_text())
     for path in sorted(FOLDER.rglob("*.py"))
@@ -209,3 +211,13 @@ def test_the_checks_see_what_they_are_for():
     assert "optimizer.py" in SOURCES
     assert "wrappers/dense.py" in SOURCES
     assert "_flatten_layers" in foreign_private_names()
+
+
+def test_every_mutation_is_one():
+    """What `make mutations` breaks is there. The rest takes half an hour."""
+    for mutation in mutations.MUTATIONS:
+        text = (FOLDER / mutation.file).read_text()
+        assert text.count(mutation.old) == 1, mutation
+        assert mutation.new != mutation.old
+        for name in mutation.tests.split():
+            assert (TESTS / f"{name}.py").exists(), name

@@ -25,6 +25,7 @@ from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
+from keras_adafisher.backend.common import mean_min_max
 from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import mean_square_of_quotient
 from keras_adafisher.backend.common import measures_activations_early
@@ -46,6 +47,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
+    from keras_adafisher.backend.jax import mean_min_max
     from keras_adafisher.backend.jax import whole_layout
     from keras_adafisher.backend.jax import window_mean
     from keras_adafisher.backend.jax import write_requests
@@ -72,6 +74,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import is_requested
     from keras_adafisher.backend.torch import keep_random_state
     from keras_adafisher.backend.torch import make_inputs
+    from keras_adafisher.backend.torch import mean_min_max
     from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import open_tap
     from keras_adafisher.backend.torch import reshape
@@ -105,6 +108,7 @@ __all__ = [
     "keep_random_state",
     "layout_like",
     "make_inputs",
+    "mean_min_max",
     "mean_square",
     "mean_square_of_quotient",
     "measures_activations_early",

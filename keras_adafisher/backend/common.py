@@ -274,6 +274,15 @@ def mean_square_of_quotient(gradient, fisher, damping):
     return backend.mean_square(quotient, tuple(range(len(quotient.shape))))
 
 
+def mean_min_max(matrix):
+    """The mean, the minimum and the maximum of each row."""
+    return (
+        ops.mean(matrix, axis=1),
+        ops.min(matrix, axis=1),
+        ops.max(matrix, axis=1),
+    )
+
+
 def pointwise_conv(x, kernel, data_format, dilation_rate):
     """The second half of `keras.ops.separable_conv`.
 

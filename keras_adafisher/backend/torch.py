@@ -213,6 +213,10 @@ def mean_square(x, axis):
     return x.permute([kept.index(a) for a in sorted(kept)])
 
 
+def mean_min_max(matrix):
+    return matrix.mean(1), *torch.aminmax(matrix, dim=1)
+
+
 def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
     # All taps in one view.
     reach = (outputs - 1) * stride + 1

@@ -17,7 +17,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 # Entries that are updated together, so that denominators take little memory.
 # On a CPU they should fit into its cache, and lists save less.
-_BATCH_SIZE = {"cpu": 2**16}
+_BATCH_SIZE = {"cpu": 2**17}
 _OTHER_BATCH_SIZE = 2**26
 
 
@@ -57,69 +57,57 @@ class Updater:
                 )
             for (is_factored, *_, device), group in groups.items():
                 for batch in _batches(group, device):
-                    for part in self._parts(batch):
-                        self._update_part(
-                            is_factored, *part, learning_rate, roots
-                        )
+                    self._update_batch(
+                        is_factored, *batch, learning_rate, roots
+                    )
 
-    def _parts(self, batch):
-        """Cut a large variable, so that what is temporary takes little memory.
-
-        It is the only one of its batch.
-
-        Yields:
-            Tuples like `batch`, and the rows that are in it or `None`.
-        """
-        indices, values, gradients = batch
-        is_cut = len(values) == 1 and self._fishers[indices[0]].takes_rows
-        for rows in _rows(values[0]) if is_cut else [None]:
-            yield indices, *_cut(rows, values, gradients), rows
-
-    def _update_part(
-        self,
-        is_factored,
-        indices,
-        values,
-        gradients,
-        rows,
-        learning_rate,
-        roots,
+    def _update_batch(
+        self, is_factored, indices, values, gradients, learning_rate, roots
     ):
         step = self._update_now + 1
         if step <= 0:
             # The counter, an int32, ran over. There is nothing to correct.
             step = 2**31
         momentums = [self._momentums[index].value for index in indices]
-        (momentums,) = _cut(rows, momentums)
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
-        is_bounded = is_factored and roots is not None
-        if is_factored:
-            denominators = [self._fishers[index](rows) for index in indices]
-            torch._foreach_add_(denominators, self.damping)
-            if is_bounded:
-                roots = [self._mean_squares.of(roots, i) for i in indices]
-                torch._foreach_mul_(denominators, roots)
-        else:
+        velocities = momentums
+        if not is_factored:
             velocities = [self._velocities[index].value for index in indices]
-            (velocities,) = _cut(rows, velocities)
             torch._foreach_mul_(velocities, self.adam_beta_2)
             torch._foreach_addcmul_(
                 velocities, gradients, gradients, 1 - self.adam_beta_2
             )
             size *= (1 - self.adam_beta_2**step) ** 0.5
-            denominators = torch._foreach_sqrt(velocities)
-            torch._foreach_add_(denominators, self.adam_epsilon)
+        elif roots is not None:
+            roots = [self._mean_squares.of(roots, index) for index in indices]
         if _can_be_read(learning_rate):
             learning_rate = float(learning_rate)
         else:
             learning_rate = ops.convert_to_tensor(learning_rate)
             learning_rate = learning_rate.to(values[0].device)
-        if self.nesterov:
-            # The momentum as the next step would have it.
-            momentums = torch._foreach_lerp(momentums, gradients, 1 - self.beta)
-        step = _bounded_step if is_bounded else _step
-        step(values, momentums, denominators, learning_rate, size)
+        is_bounded = is_factored and roots is not None
+        take_step = _bounded_step if is_bounded else _step
+        # A large variable is the only one of its batch.
+        is_cut = len(values) == 1 and self._fishers[indices[0]].takes_rows
+        for rows in _rows(values[0]) if is_cut else [None]:
+            value, momentum, gradient, velocity = _cut(
+                rows, values, momentums, gradients, velocities
+            )
+            if is_factored:
+                denominator = [self._fishers[index](rows) for index in indices]
+                torch._foreach_add_(denominator, self.damping)
+                if is_bounded:
+                    torch._foreach_mul_(denominator, roots)
+            else:
+                denominator = torch._foreach_sqrt(velocity)
+                torch._foreach_add_(denominator, self.adam_epsilon)
+            if self.nesterov:
+                # The momentum as the next step would have it.
+                momentum = torch._foreach_lerp(
+                    momentum, gradient, 1 - self.beta
+                )
+            take_step(value, momentum, denominator, learning_rate, size)
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():
@@ -144,11 +132,11 @@ class Updater:
 def mean_square_of_quotient(gradient, fisher, damping):
     # In single precision at least.
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms = [
-        torch.linalg.vector_norm(part / fisher(rows).add_(damping), dtype=dtype)
-        for rows in (_rows(gradient) if fisher.takes_rows else [None])
-        for ((part,),) in [_cut(rows, [gradient])]
-    ]
+    norms = []
+    for rows in _rows(gradient) if fisher.takes_rows else [None]:
+        part = gradient if rows is None else gradient[rows]
+        quotient = part / fisher(rows).add_(damping)
+        norms.append(torch.linalg.vector_norm(quotient, dtype=dtype))
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     return (norm / gradient.numel() ** 0.5).square().to(torch.float32)
 
@@ -200,7 +188,10 @@ def _batches(group, device):
 
 
 def _rows(tensor):
-    """List of slices of a tensor's first axis. `[None]`: it needn't be cut."""
+    """Slices of a large tensor's first axis. `[None]`: it needn't be cut.
+
+    What is temporary then takes little memory.
+    """
     limit = _BATCH_SIZE.get(tensor.device.type, _OTHER_BATCH_SIZE)
     if tensor.numel() <= limit:
         return [None]
