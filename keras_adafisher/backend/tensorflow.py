@@ -1,7 +1,6 @@
 """TensorFlow's exceptions: `tf.distribute` makes its replicas visible."""
 
 import contextlib
-import math
 
 import tensorflow as tf
 from keras import ops
@@ -123,12 +122,12 @@ def _wrong_scope(variable, other):
 
 
 def mean_square(x, axis):
-    if not axis:
+    if not x.shape.rank or len(axis) < x.shape.rank:
+        # A Euclidean norm would need no tensor of squares, but XLA has none.
         return common.mean_square(x, axis)
-    # In one operation, without a tensor of squares.
-    norm = tf.math.reduce_euclidean_norm(tf.cast(x, "float32"), axis)
-    count = math.prod(ops.shape(x)[a] for a in axis)
-    return tf.square(norm) / tf.cast(count, "float32")
+    # Without a tensor of squares.
+    size = tf.cast(tf.size(x), "float32")
+    return tf.nn.l2_loss(tf.cast(x, "float32")) * (2 / size)
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):
