@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python benchmarks/quality.py
 
-Three comparisons, each with every optimizer of `RIVALS`:
+Four comparisons, each with every optimizer of `RIVALS`:
 
 - tuned: five learning rates on one seed, the best of them by validation loss
   with less momentum too, then three fresh seeds of the best. All have the

@@ -455,8 +455,8 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATE,
-        "rows, values, momentums, gradients, velocities",
-        "rows, values, momentums, gradients, momentums",
+        "(velocity,) = _cut(rows, velocities)",
+        "(velocity,) = _cut(rows, momentums)",
         "test_torch_update",
     ),
     Mutation(

@@ -125,11 +125,10 @@ def test_patches_of_a_convolution_are_never_built(
         )
         # Nothing is larger than the input or output.
         assert largest <= BATCH * 16 * 16 * 8
-    # Squares, unless the backend has an operation that sums them, the sum over
-    # the batch, and then small maps. The input's patches would be `kernel²`
-    # times as many.
+    # Square, the sum over the batch, and then small maps. The input's patches
+    # would be `kernel²` times as many.
     assert max(found.values()) < 3
-    assert found[7] < found[1] + 0.5
+    assert found[7] < 1.5 * found[1]
 
 
 LAYERS = {

@@ -332,13 +332,13 @@ def test_rows_of_a_fisher_diagonal(name):
     weight = layer.trainable_variables[0]
     fisher = optimizer._fishers[optimizer._index_of(weight)]
     assert fisher.takes_rows
-    whole = keras.ops.broadcast_to(fisher(), weight.shape)
+    whole = ops.broadcast_to(fisher(), weight.shape)
     for size in (1, 2):
         parts = []
         for start in range(0, weight.shape[0], size):
             part = whole[start : start + size]
             rows = fisher(slice(start, start + size))
-            parts.append(keras.ops.broadcast_to(rows, part.shape))
+            parts.append(ops.broadcast_to(rows, part.shape))
         np.testing.assert_array_equal(
-            to_numpy(keras.ops.concatenate(parts)), to_numpy(whole)
+            to_numpy(ops.concatenate(parts)), to_numpy(whole)
         )

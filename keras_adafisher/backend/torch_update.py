@@ -71,7 +71,6 @@ class Updater:
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
         size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
-        velocities = momentums
         if not is_factored:
             velocities = [self._velocities[index].value for index in indices]
             torch._foreach_mul_(velocities, self.adam_beta_2)
@@ -91,15 +90,14 @@ class Updater:
         # A large variable is the only one of its batch.
         is_cut = len(values) == 1 and self._fishers[indices[0]].takes_rows
         for rows in _rows(values[0]) if is_cut else [None]:
-            value, momentum, gradient, velocity = _cut(
-                rows, values, momentums, gradients, velocities
-            )
+            value, momentum, gradient = _cut(rows, values, momentums, gradients)
             if is_factored:
                 denominator = [self._fishers[index](rows) for index in indices]
                 torch._foreach_add_(denominator, self.damping)
                 if is_bounded:
                     torch._foreach_mul_(denominator, roots)
             else:
+                (velocity,) = _cut(rows, velocities)
                 denominator = torch._foreach_sqrt(velocity)
                 torch._foreach_add_(denominator, self.adam_epsilon)
             if self.nesterov:
