@@ -1,5 +1,7 @@
 """The program that JAX compiles of a model's training step."""
 
+import re
+
 import jax
 
 
@@ -23,3 +25,31 @@ def compiled_step(model, x, y):
     # As `make_train_function` does it.
     step = jax.jit(model.train_step, donate_argnums=0)
     return step.lower(state_of(model), data).compile()
+
+
+def distinct_kernels(program):
+    """How many kernels XLA compiles for a program, by its text.
+
+    On a CPU, that is most of what compiling takes. Equal fusions are compiled
+    once. Those that a library computes, sums of squares for instance, and
+    operations that aren't fused aren't compiled.
+    """
+    bodies = {}
+    for body in re.findall(r"^%[^\n]*\{\n.*?^\}", program, re.M | re.S):
+        name = re.match(r"%[\w.-]+", body)[0]
+        bodies[name] = _without_names(body)
+    kernels = set()
+    for line in re.findall(r" fusion\([^\n]*", program):
+        if "__ynn_fusion" not in line:
+            kernels.add(bodies[re.search(r"calls=(%[\w.-]+)", line)[1]])
+    return len(kernels)
+
+
+def _without_names(body):
+    # Its first line has names of another form.
+    body = body.split("\n", 1)[1]
+    body = re.sub(r", (metadata=\{[^}]*\}|backend_config=[^\n]*)", "", body)
+    numbers = {}
+    return re.sub(
+        r"%[\w.-]+", lambda m: str(numbers.setdefault(m[0], len(numbers))), body
+    )

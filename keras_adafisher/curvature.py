@@ -12,10 +12,12 @@ as they are.
 import collections
 import math
 
+import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher import factors
+from keras_adafisher.rows import Rows
 
 
 class Curvature:
@@ -226,15 +228,13 @@ class Factors:
             for names in curvature.rows(self._normalization):
                 length = sum(math.prod(curvature.shapes()[n]) for n in names)
                 groups[length].append((number, names))
-        # In the order of the vector: the matrices, the names of the factors of
-        # each row, with the number of their block, and each factor's.
-        self._matrices = []
+        # In the order of the vector: the names of the factors of each row, with
+        # the number of their block, and each factor's.
         rows = []
+        lengths = []
         self._order = []
         self._size = 0
-        row_of_entries = []
         for length, group in groups.items():
-            self._matrices.append((self._size, (len(group), length)))
             for number, names in group:
                 curvature = self.curvatures[number]
                 for name in names:
@@ -242,18 +242,17 @@ class Factors:
                     curvature.places[name] = self._size, shape
                     self._order.append((number, name))
                     self._size += math.prod(shape)
-                row_of_entries += [len(rows)] * length
                 rows.append((number, names))
-        self._row_of_entries = backend.constant(row_of_entries, "int32")
+                lengths.append(length)
+        self._rows = Rows(lengths)
         rows_of_blocks = [[] for _ in self.curvatures]
         for row, (number, _) in enumerate(rows):
             rows_of_blocks[number].append(row)
         self._rows_of_blocks = _matrix(rows_of_blocks)
         self._blocks_of_rows = backend.constant([n for n, _ in rows], "int32")
         # Nothing is normalized together with the input that is always 1.
-        is_one = [names == ["one"] for _, names in rows]
         self._is_one = backend.constant(
-            [is_one[row] for row in row_of_entries], "bool"
+            np.repeat([names == ["one"] for _, names in rows], lengths), "bool"
         )
         # The scale of the loss is that of `s`.
         self._has_scale = backend.constant(
@@ -386,13 +385,10 @@ class Factors:
         is_usable = backend.take(is_usable, self._blocks_of_rows)
         old = ops.convert_to_tensor(self.vector)
         new = factors.running_average(old, x, gamma_1, gamma_2)
-        return ops.where(self._to_entries(is_usable), new, old)
+        return ops.where(self._rows.to_entries(is_usable), new, old)
 
     def _normalized(self, totals, divisors, epsilons):
         """Normalize each row of what was measured.
-
-        What is computed for each length of rows is as little as there can be:
-        it is what takes time to compile.
 
         Args:
             totals: Vector, laid out as the factors are.
@@ -402,35 +398,20 @@ class Factors:
         Returns:
             The normalized vector, and for each row whether it is finite.
         """
-        has_range = self._normalization == "min_max"
-        reduce = backend.mean_min_max if has_range else _mean
-        columns = [
-            reduce(_part(totals, start, shape, self.vector))
-            for start, shape in self._matrices
-        ]
-        mean, *low_and_high = (
-            ops.concatenate(column) / divisors
-            for column in zip(*columns, strict=True)
-        )
-        x = totals / self._to_entries(divisors)
-        epsilon = 0.0 if epsilons is None else self._to_entries(epsilons)
-        if not has_range:
-            x = factors.mean_scaled(x, epsilon, self._to_entries(mean))
-        else:
-            low, high = low_and_high
-            x = factors.min_max(
-                x, epsilon, self._to_entries(low), self._to_entries(high)
+        x = totals / self._rows.to_entries(divisors)
+        epsilon = 0.0 if epsilons is None else self._rows.to_entries(epsilons)
+        if self._normalization == "min_max":
+            mean, *low_and_high = (
+                values / divisors for values in self._rows.mean_min_max(totals)
             )
+            low, high = map(self._rows.to_entries, low_and_high)
+            x = factors.min_max(x, epsilon, low, high)
+        else:
+            mean = self._rows.mean(totals) / divisors
+            x = factors.mean_scaled(x, epsilon, self._rows.to_entries(mean))
         x = ops.where(self._is_one, 1.0, x)
         # A mean isn't finite if one of the entries isn't.
         return x, ops.isfinite(mean)
-
-    def _to_entries(self, values_of_rows):
-        return backend.take(values_of_rows, self._row_of_entries)
-
-
-def _mean(matrix):
-    return (ops.mean(matrix, axis=1),)
 
 
 def _part(vector, start, shape, variable):

@@ -219,7 +219,6 @@ def tap(z, h, probe):
 def _tap(z, h, probe):
     """The tap of a backend without one of its own."""
     block = probe.block
-    shapes = list(probe.shapes.values())
     request, activation, gradient = map(ops.convert_to_tensor, probe.inputs)
     # No backend hands a sparse tensor through a custom gradient. There is no
     # gradient from here: `h` has its own way back through the layer.
@@ -232,7 +231,7 @@ def _tap(z, h, probe):
 
     is_early = backend.measures_activations_early()
     if is_early:
-        (h,) = _if_requested(request, shapes[1:2], lambda h=h: [measured(h)])
+        (h,) = _if_requested(request, lambda h=h: [measured(h)], [activation])
 
     @ops.custom_gradient
     def identity(z, h, request, activation, gradient):
@@ -249,9 +248,9 @@ def _tap(z, h, probe):
                 return [s] if is_early else [measured(h), s]
 
             if is_early:
-                answers = [h, *_if_requested(request, shapes[2:], answer)]
+                answers = [h, *_if_requested(request, answer, [gradient])]
             else:
-                answers = _if_requested(request, shapes[1:], answer)
+                answers = _if_requested(request, answer, [activation, gradient])
             calls = ops.cast(backend.is_requested(request), "float32")
             answers = map(backend.keep_layout, [calls, *answers], probe.inputs)
             return upstream, None, *answers
@@ -261,10 +260,8 @@ def _tap(z, h, probe):
     return identity(z, h, request, activation, gradient)
 
 
-def _if_requested(request, shapes, answer):
-    """A list that a function returns, or zeros of its shapes."""
-
-    def silence():
-        return [ops.zeros(shape, "float32") for shape in shapes]
-
-    return backend.cond(backend.is_requested(request), answer, silence)
+def _if_requested(request, answer, inputs):
+    """A list that a function returns, or zeros of the shapes of `inputs`."""
+    return backend.cond(
+        backend.is_requested(request), answer, lambda: backend.silence(inputs)
+    )

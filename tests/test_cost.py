@@ -269,6 +269,46 @@ def test_a_compiled_step_copies_no_parameter(rule):
     assert "copy" not in made
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's kernels, by JAX")
+@pytest.mark.parametrize("rule", [{}, PLAIN], ids=["default", "published"])
+def test_few_kernels_are_compiled(rule, record_property):
+    """Compiling is most of the first step, and kernels most of compiling."""
+    import jax
+
+    from benchmarks.jax_program import compiled_step
+    from benchmarks.jax_program import distinct_kernels
+
+    def count(optimizer, sizes):
+        layers = [keras.layers.Dense(size, "tanh") for size in sizes]
+        model = keras.Sequential([keras.Input((7,)), *layers])
+        model.compile(optimizer=optimizer, loss="mse")
+        x, y = np.ones((BATCH, 7)), np.ones((BATCH, sizes[-1]))
+        return distinct_kernels(compiled_step(model, x, y).as_text())
+
+    widths = range(9, 17)
+    adam = count(keras.optimizers.Adam(), widths)
+    adafisher = count(keras_adafisher.AdaFisher(**rule), widths)
+    same, more_of_the_same = (
+        count(keras_adafisher.AdaFisher(**rule), [16] * depth)
+        for depth in (4, 8)
+    )
+    record_property(
+        "figure",
+        f"distinct kernels, eight widths: Adam {adam}, AdaFisher {adafisher}; "
+        f"four equal layers: {same}, eight: {more_of_the_same}",
+    )
+    # A layer's factors are a part of a vector, and each part makes another
+    # kernel: in the update of two variables and, by default, in their mean
+    # squares. Nothing else is made anew for each layer.
+    per_layer = 6 if rule == {} else 2
+    assert more_of_the_same - same <= 4 * per_layer
+    # The update of Adam differs with the width too. The taps' two statistics
+    # do, before XLA had a library for them.
+    is_old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
+    per_width = per_layer - 2 + (2 if is_old else 0)
+    assert adafisher - adam <= 8 * per_width + 4
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="How it makes graphs")
 def test_a_step_is_traced_once(monkeypatch):
     """Twice, if the first trace makes variables."""

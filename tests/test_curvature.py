@@ -10,7 +10,6 @@ from keras import ops
 from models import to_numpy
 
 import keras_adafisher
-from keras_adafisher import backend
 from keras_adafisher.curvature import Factors
 from keras_adafisher.wrappers import Block
 
@@ -287,18 +286,6 @@ def test_an_estimate_changes_the_factors_of_its_block_only(rng):
     # The gradient of a weight that isn't used.
     take_in(gradient * 0)
     assert_state(factors, [before[0], after, before[2]])
-
-
-@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
-def test_mean_minimum_and_maximum(bad):
-    matrix = np.random.default_rng(0).random((3, 5)).astype("float32")
-    if bad is not None:
-        matrix[1, 2] = bad
-    found = backend.mean_min_max(ops.convert_to_tensor(matrix))
-    mean, low, high = map(to_numpy, found)
-    np.testing.assert_allclose(mean, matrix.mean(1), rtol=1e-6)
-    np.testing.assert_array_equal(low, matrix.min(1))
-    np.testing.assert_array_equal(high, matrix.max(1))
 
 
 LAYERS = {

@@ -25,14 +25,15 @@ from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import layout_like
 from keras_adafisher.backend.common import make_inputs
-from keras_adafisher.backend.common import mean_min_max
 from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import mean_square_of_quotient
 from keras_adafisher.backend.common import measures_activations_early
 from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
+from keras_adafisher.backend.common import silence
 from keras_adafisher.backend.common import step_number
+from keras_adafisher.backend.common import sum_min_max
 from keras_adafisher.backend.common import sum_over_replicas
 from keras_adafisher.backend.common import take
 from keras_adafisher.backend.common import tap
@@ -47,7 +48,8 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
-    from keras_adafisher.backend.jax import mean_min_max
+    from keras_adafisher.backend.jax import silence
+    from keras_adafisher.backend.jax import sum_min_max
     from keras_adafisher.backend.jax import whole_layout
     from keras_adafisher.backend.jax import window_mean
     from keras_adafisher.backend.jax import write_requests
@@ -74,7 +76,6 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import is_requested
     from keras_adafisher.backend.torch import keep_random_state
     from keras_adafisher.backend.torch import make_inputs
-    from keras_adafisher.backend.torch import mean_min_max
     from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import open_tap
     from keras_adafisher.backend.torch import reshape
@@ -108,14 +109,15 @@ __all__ = [
     "keep_random_state",
     "layout_like",
     "make_inputs",
-    "mean_min_max",
     "mean_square",
     "mean_square_of_quotient",
     "measures_activations_early",
     "open_tap",
     "pointwise_conv",
     "reshape",
+    "silence",
     "step_number",
+    "sum_min_max",
     "sum_over_replicas",
     "take",
     "tap",

@@ -114,6 +114,18 @@ def is_requested(request):
     return request > 0
 
 
+def silence(inputs):
+    """What a probe answers if its answer isn't wanted.
+
+    Args:
+        inputs: List of those of a probe's inputs whose gradients the answer is.
+
+    Returns:
+        List of zeros of their shapes.
+    """
+    return [ops.zeros(tensor.shape, "float32") for tensor in inputs]
+
+
 def measures_activations_early():
     """Whether a tap measures `h` in the forward pass, not in the backward pass.
 
@@ -274,13 +286,13 @@ def mean_square_of_quotient(gradient, fisher, damping):
     return backend.mean_square(quotient, tuple(range(len(quotient.shape))))
 
 
-def mean_min_max(matrix):
-    """The mean, the minimum and the maximum of each row."""
-    return (
-        ops.mean(matrix, axis=1),
-        ops.min(matrix, axis=1),
-        ops.max(matrix, axis=1),
-    )
+def sum_min_max(x, low, high):
+    """Sums of rows of `x`, minima of those of `low`, maxima of those of `high`.
+
+    Args:
+        x, low, high: Matrices of one shape.
+    """
+    return ops.sum(x, axis=1), ops.min(low, axis=1), ops.max(high, axis=1)
 
 
 def pointwise_conv(x, kernel, data_format, dilation_rate):

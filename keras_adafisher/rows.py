@@ -1,0 +1,103 @@
+"""Rows of different lengths, one after the other in a vector."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_adafisher import backend
+
+
+class Rows:
+    """Means and extremes of all rows at once.
+
+    A matrix that is filled up to the longest row may be much larger than the
+    vector. So rows are cut into chunks as long as the root of that, and what is
+    found of the chunks is put together in the same way. It takes two steps
+    whatever lengths there are: a compiler needs as long for a reduction of ten
+    entries as for one of a million.
+
+    Args:
+        lengths: List of ints, one for each row.
+    """
+
+    def __init__(self, lengths):
+        self._lengths = backend.constant(lengths, "float32")
+        self._row_of_entries = backend.constant(
+            np.repeat(np.arange(len(lengths)), lengths), "int32"
+        )
+        chunk = math.isqrt(max(lengths, default=0)) + 1
+        counts = [_count(length, chunk) for length in lengths]
+        self._stages = [
+            _cut(lengths, chunk),
+            _cut(counts, max(counts, default=1)),
+        ]
+
+    def mean(self, vector):
+        """The mean of each row.
+
+        Args:
+            vector: Float tensor of one axis, of all rows' entries.
+
+        Returns:
+            Tensor with an entry for each row.
+        """
+        for index, is_entry in self._stages:
+            vector = ops.sum(backend.take(vector, index) * is_entry, axis=1)
+        return vector / self._lengths
+
+    def mean_min_max(self, vector):
+        """The mean, the minimum and the maximum of each row.
+
+        Args:
+            vector: See `mean`.
+
+        Returns:
+            Three tensors with an entry for each row.
+        """
+        (index, is_entry), (chunks, is_chunk) = self._stages
+        x = backend.take(vector, index)
+        found = backend.sum_min_max(x * is_entry, x, x)
+        total, low, high = (backend.take(values, chunks) for values in found)
+        total, low, high = backend.sum_min_max(total * is_chunk, low, high)
+        return total / self._lengths, low, high
+
+    def to_entries(self, values):
+        """Repeat what belongs to a row for each of its entries.
+
+        Args:
+            values: Tensor with an entry for each row.
+
+        Returns:
+            Tensor of the size of a vector of all rows.
+        """
+        return backend.take(values, self._row_of_entries)
+
+
+def _count(length, width):
+    """How many chunks of a width a row is cut into, one at least."""
+    return max(-(-length // width), 1)
+
+
+def _cut(lengths, width):
+    """Cut rows into chunks of one width, which the last ones don't fill.
+
+    Args:
+        lengths: List of the rows' lengths.
+        width: Int.
+
+    Returns:
+        Where the entries of each chunk are in the vector, the last of a row
+        repeated, and 0 for repetitions, 1 for others.
+    """
+    index, is_entry = [np.zeros((0, width))], [np.zeros((0, width))]
+    start = 0
+    for length in lengths:
+        places = np.arange(_count(length, width) * width).reshape(-1, width)
+        index.append(np.maximum(start + np.minimum(places, length - 1), 0))
+        is_entry.append(places < length)
+        start += length
+    return (
+        backend.constant(np.concatenate(index), "int32"),
+        backend.constant(np.concatenate(is_entry), "float32"),
+    )
