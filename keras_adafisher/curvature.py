@@ -416,7 +416,7 @@ class Factors:
 
 def _part(vector, start, shape, variable):
     """Neighbouring entries of a vector, as a tensor of some shape."""
-    entries = vector[start : start + math.prod(shape)]
+    entries = backend.part(vector, start, math.prod(shape))
     # Otherwise JAX' compiler splits the vector like what it is used with, and
     # sends the entries to where they belong at each step.
     entries = backend.keep_layout(entries, variable)

@@ -14,6 +14,8 @@ than the learning rate. The combination is ours.
 
 from keras import ops
 
+from keras_adafisher import backend
+
 
 class MeanSquares:
     """The running mean squares of all parameters that have factors.
@@ -102,7 +104,10 @@ class MeanSquares:
 
     def of(self, vector, index):
         """The entry of one parameter in a vector like `variable`."""
-        return vector[self._places[index]]
+        place = self._places[index]
+        if isinstance(vector, list):
+            return vector[place]
+        return backend.reshape(backend.part(vector, place, 1), ())
 
 
 def _where(condition, x1, x2):

@@ -29,6 +29,7 @@ from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import mean_square_of_quotient
 from keras_adafisher.backend.common import measures_activations_early
 from keras_adafisher.backend.common import open_tap
+from keras_adafisher.backend.common import part
 from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import silence
@@ -48,6 +49,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
+    from keras_adafisher.backend.jax import part
     from keras_adafisher.backend.jax import silence
     from keras_adafisher.backend.jax import sum_min_max
     from keras_adafisher.backend.jax import whole_layout
@@ -113,6 +115,7 @@ __all__ = [
     "mean_square_of_quotient",
     "measures_activations_early",
     "open_tap",
+    "part",
     "pointwise_conv",
     "reshape",
     "silence",

@@ -320,6 +320,17 @@ def reshape(x, shape):
     return x if tuple(x.shape) == tuple(shape) else ops.reshape(x, shape)
 
 
+def part(vector, start, size):
+    """Neighbouring entries of a vector.
+
+    Args:
+        vector: Tensor of one axis.
+        start: Int.
+        size: Int.
+    """
+    return vector[start : start + size]
+
+
 def take(x, indices):
     """`keras.ops.take`, along the first axis, of indices that are in range."""
     return ops.take(x, indices, axis=0)

@@ -68,6 +68,16 @@ def window_mean(*args):
         return common.window_mean(*args)
 
 
+def part(vector, start, size):
+    # XLA compiles equal kernels once. A slice is part of the kernel that reads
+    # it, and makes that another one for each parameter; indices are an operand.
+    index = np.arange(start, start + size)
+    if size == 1:
+        # One number only, or equal ones, would become part of the kernel too.
+        index = np.append(index, 0 if start else len(vector) - 1)
+    return vector.at[index].get(mode="promise_in_bounds")[:size]
+
+
 def sum_min_max(x, low, high):
     # One reduction, where three take three times as long to compile.
     zero, infinity = np.float32(0), np.float32(np.inf)
