@@ -33,10 +33,11 @@ class MeanSquares:
 
     Attributes:
         variable: The vector of them, one entry for each parameter.
+        places: Dict from a parameter's number to that of its entry.
     """
 
     def __init__(self, indices, decay, interval, add_variable):
-        self._places = {index: place for place, index in enumerate(indices)}
+        self.places = {index: place for place, index in enumerate(indices)}
         self._decay = decay
         self._interval = interval
         self.variable = add_variable(
@@ -68,7 +69,7 @@ class MeanSquares:
         new = ops.stack(
             [
                 squares[index] if index in squares else old[place]
-                for index, place in self._places.items()
+                for index, place in self.places.items()
             ]
         )
         weight = _where(
@@ -104,10 +105,7 @@ class MeanSquares:
 
     def of(self, vector, index):
         """The entry of one parameter in a vector like `variable`."""
-        place = self._places[index]
-        if isinstance(vector, list):
-            return vector[place]
-        return backend.reshape(backend.part(vector, place, 1), ())
+        return backend.entry(vector, self.places[index])
 
 
 def _where(condition, x1, x2):

@@ -16,6 +16,7 @@ from keras_adafisher.backend.common import count_ids
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import differentiate
 from keras_adafisher.backend.common import drop_stale_answer
+from keras_adafisher.backend.common import entry
 from keras_adafisher.backend.common import evaluator
 from keras_adafisher.backend.common import gradients_of
 from keras_adafisher.backend.common import has_answers
@@ -46,6 +47,7 @@ from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import differentiate
+    from keras_adafisher.backend.jax import entry
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import layout_like
@@ -102,6 +104,7 @@ __all__ = [
     "creation_scope",
     "differentiate",
     "drop_stale_answer",
+    "entry",
     "evaluator",
     "gradients_of",
     "has_answers",

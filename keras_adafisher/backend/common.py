@@ -331,6 +331,11 @@ def part(vector, start, size):
     return vector[start : start + size]
 
 
+def entry(vector, index):
+    """One entry of a vector, a scalar."""
+    return vector[index]
+
+
 def take(x, indices):
     """`keras.ops.take`, along the first axis, of indices that are in range."""
     return ops.take(x, indices, axis=0)

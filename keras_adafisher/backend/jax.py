@@ -78,6 +78,10 @@ def part(vector, start, size):
     return vector.at[index].get(mode="promise_in_bounds")[:size]
 
 
+def entry(vector, index):
+    return part(vector, index, 1)[0]
+
+
 def sum_min_max(x, low, high):
     # One reduction, where three take three times as long to compile.
     zero, infinity = np.float32(0), np.float32(np.inf)

@@ -79,7 +79,8 @@ class Updater:
             )
             size *= (1 - self.adam_beta_2**step) ** 0.5
         elif roots is not None:
-            roots = [self._mean_squares.of(roots, index) for index in indices]
+            places = self._mean_squares.places
+            roots = [roots[places[index]] for index in indices]
         if _can_be_read(learning_rate):
             learning_rate = float(learning_rate)
         else:
