@@ -5,8 +5,7 @@ many layers, but their factors are small: what takes time, to compile and to
 run, is the number of operations, not that of entries.
 
 What is normalized together, `H` of one block for instance, is a row of the
-vector. Rows of one length are neighbours, so that they are the rows of a matrix
-as they are.
+vector.
 """
 
 import collections
@@ -223,27 +222,21 @@ class Factors:
 
     def _lay_out(self):
         """Find a place for each factor."""
-        groups = collections.defaultdict(list)
-        for number, curvature in enumerate(self.curvatures):
-            for names in curvature.rows(self._normalization):
-                length = sum(math.prod(curvature.shapes()[n]) for n in names)
-                groups[length].append((number, names))
-        # In the order of the vector: the names of the factors of each row, with
-        # the number of their block, and each factor's.
+        # The names of the factors of each row, with the number of their block.
         rows = []
         lengths = []
         self._order = []
         self._size = 0
-        for length, group in groups.items():
-            for number, names in group:
-                curvature = self.curvatures[number]
+        for number, curvature in enumerate(self.curvatures):
+            shapes = curvature.shapes()
+            for names in curvature.rows(self._normalization):
+                start = self._size
                 for name in names:
-                    shape = curvature.shapes()[name]
-                    curvature.places[name] = self._size, shape
+                    curvature.places[name] = self._size, shapes[name]
                     self._order.append((number, name))
-                    self._size += math.prod(shape)
+                    self._size += math.prod(shapes[name])
                 rows.append((number, names))
-                lengths.append(length)
+                lengths.append(self._size - start)
         self._rows = Rows(lengths)
         rows_of_blocks = [[] for _ in self.curvatures]
         for row, (number, _) in enumerate(rows):

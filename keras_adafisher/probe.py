@@ -54,7 +54,7 @@ class Probe:
             that want an answer. It starts at 1: whichever comes first wants
             one. Its gradient is the number of answers.
         activation: Of the shape of `H`. Its gradient is the sum of the
-            answers. The value isn't used.
+            answers. The value is zero, and an answer where none is wanted.
         gradient: The same for `S`.
         is_tapped: Bool. Whether any forward pass has gone through the tap.
             None does if the layer isn't called, since other code reads its

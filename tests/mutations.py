@@ -25,6 +25,7 @@ FACTORS = "factors.py"
 SQUARES = "mean_squares.py"
 STATISTICS = "statistics.py"
 PROBE = "probe.py"
+ROWS = "rows.py"
 WRAP = "wrap.py"
 UPDATE = "backend/torch_update.py"
 TORCH = "backend/torch.py"
@@ -482,11 +483,34 @@ MUTATIONS = [
     ),
     Mutation(
         "backend/jax.py",
-        "int(value) & mask | int(wanted) * bit",
-        "int(wanted) * bit",
+        'value.astype("int32") & mask | wanted * bit',
+        'value.astype("int32") * 0 | wanted * bit',
         "test_sharing",
         "jax",
     ),
+    Mutation(
+        "backend/jax.py",
+        "index = np.append(index, 0 if start else len(vector) - 1)",
+        "index = np.append(index, index)",
+        "test_cost",
+        "jax",
+    ),
+    Mutation(
+        "backend/jax.py",
+        "    return inputs\n",
+        "    return common.silence(inputs)\n",
+        "test_cost",
+        "jax",
+    ),
+    Mutation(ROWS, "places < length", "places <= length", "test_rows"),
+    Mutation(
+        ROWS,
+        "np.minimum(places, length - 1)",
+        "np.minimum(places, 0)",
+        "test_rows",
+    ),
+    Mutation(ROWS, "total * is_chunk", "total", "test_rows"),
+    Mutation(ROWS, "start += length", "start += length - 1", "test_rows"),
 ]
 
 

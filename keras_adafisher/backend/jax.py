@@ -46,15 +46,14 @@ def evaluator(compute_loss, data, variables):
 
 def write_requests(probes, mask, wanted, bit, assign):
     values = [probe.request.value for probe in probes]
-    if any(isinstance(value, jax.core.Tracer) for value in (wanted, *values)):
-        # One by one: XLA compiles equal operations once. Those that take a
-        # vector of all apart differ.
-        for probe in probes:
-            common.write_requests([probe], mask, wanted, bit, assign)
-        return
-    # Outside of a trace, each operation would be compiled by itself.
-    for probe, value in zip(probes, jax.device_get(values), strict=True):
-        assign(probe.request, float(int(value) & mask | int(wanted) * bit))
+    if not any(isinstance(v, jax.core.Tracer) for v in (wanted, *values)):
+        # Outside of a trace, each operation would be compiled by itself.
+        values, wanted = jax.device_get((values, wanted))
+    # One by one: XLA compiles equal operations once. Those that take a vector
+    # of all apart differ.
+    for probe, value in zip(probes, values, strict=True):
+        request = value.astype("int32") & mask | wanted * bit
+        assign(probe.request, request.astype("float32"))
 
 
 def silence(inputs):
