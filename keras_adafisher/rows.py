@@ -18,7 +18,7 @@ class Rows:
     entries as for one of a million.
 
     Args:
-        lengths: List of ints, one for each row.
+        lengths: List of ints, one for each row. There is one at least.
     """
 
     def __init__(self, lengths):
@@ -26,12 +26,9 @@ class Rows:
         self._row_of_entries = backend.constant(
             np.repeat(np.arange(len(lengths)), lengths), "int32"
         )
-        chunk = math.isqrt(max(lengths, default=0)) + 1
+        chunk = math.isqrt(max(lengths)) + 1
         counts = [_count(length, chunk) for length in lengths]
-        self._stages = [
-            _cut(lengths, chunk),
-            _cut(counts, max(counts, default=1)),
-        ]
+        self._stages = [_cut(lengths, chunk), _cut(counts, max(counts))]
 
     def mean(self, vector):
         """The mean of each row.
@@ -90,7 +87,7 @@ def _cut(lengths, width):
         Where the entries of each chunk are in the vector, the last of a row
         repeated, and 0 for repetitions, 1 for others.
     """
-    index, is_entry = [np.zeros((0, width))], [np.zeros((0, width))]
+    index, is_entry = [], []
     start = 0
     for length in lengths:
         places = np.arange(_count(length, width) * width).reshape(-1, width)

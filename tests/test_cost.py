@@ -128,7 +128,7 @@ def test_patches_of_a_convolution_are_never_built(
     # Square, the sum over the batch, and then small maps. The input's patches
     # would be `kernel²` times as many.
     assert max(found.values()) < 3
-    assert found[7] < 1.5 * found[1]
+    assert found[7] < found[1] + 0.5
 
 
 LAYERS = {

@@ -69,9 +69,22 @@ def test_filling_up_takes_little_memory(longest):
     assert entries <= sum(lengths) + 61 * 2 * (longest**0.5 + 1)
 
 
-def test_backend_sums_and_extremes():
+def test_a_row_without_entries_leaves_the_others():
+    rows = rows_of([3, 0, 5])
+    vector = ops.convert_to_tensor(np.concatenate(rows))
+    found = Rows([3, 0, 5]).mean_min_max(vector)
+    assert_found([tensor[:1] for tensor in found], rows[:1])
+    assert_found([tensor[2:] for tensor in found], rows[2:])
+    assert not np.isfinite(to_numpy(found[0])[1])
+
+
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+def test_backend_sums_and_extremes(bad):
     x, low, high = np.random.default_rng(0).random((3, 4, 5)).astype("float32")
+    if bad is not None:
+        x[1, 2] = low[1, 2] = high[1, 2] = bad
     found = backend.sum_min_max(*map(ops.convert_to_tensor, (x, low, high)))
-    expected = x.sum(1), low.min(1), high.max(1)
-    for actual, wanted in zip(map(to_numpy, found), expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+    total, *extremes = map(to_numpy, found)
+    np.testing.assert_allclose(total, x.sum(1), rtol=1e-6)
+    np.testing.assert_array_equal(extremes[0], low.min(1))
+    np.testing.assert_array_equal(extremes[1], high.max(1))
