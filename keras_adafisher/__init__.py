@@ -1,8 +1,11 @@
 """AdaFisher for Keras 3: a second-order optimizer at first-order cost."""
 
-from keras_adafisher import compile_hook as _compile_hook
+from keras_adafisher import hooks as _hooks
 from keras_adafisher.callbacks import FisherHistory
 from keras_adafisher.coverage import coverage
+from keras_adafisher.custom_loops import decision_scope
+from keras_adafisher.custom_loops import set_decision_scope
+from keras_adafisher.custom_loops import training_step
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.optimizer import AdaFisherW
 from keras_adafisher.wrap import unwrap
@@ -18,9 +21,12 @@ __all__ = [
     "FisherHistory",
     "LayerWrapper",
     "coverage",
+    "decision_scope",
     "register_wrapper",
+    "set_decision_scope",
+    "training_step",
     "unwrap",
     "wrap",
 ]
 
-_compile_hook.install()
+_hooks.install()

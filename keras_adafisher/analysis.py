@@ -22,8 +22,10 @@ import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.probe import ANSWER_SCALE
+from keras_adafisher.steps import Step
+from keras_adafisher.wrap import layers_in
 from keras_adafisher.wrap import make_wrapper
-from keras_adafisher.wrap import plain_layers
 from keras_adafisher.wrap import without_wrappers
 from keras_adafisher.wrappers import Block
 from keras_adafisher.wrappers import ConvBlock
@@ -151,7 +153,7 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
             model doesn't have, that has no full factors, or that isn't called
             for this `x`.
     """
-    everything = plain_layers("kronecker_factors", model, "model")
+    everything = layers_in("kronecker_factors", model, "model")
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' has not yet been built. Build it first "
@@ -167,12 +169,14 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
                 wrapper.attach()
                 attached.append(wrapper)
             probes = _in_order(model, wrappers)
-            answers = backend.differentiate(
-                compute_loss,
-                _tensors_of(x, y),
-                probes,
-                _all_variables(model),
-            )
+            # All that is attached here measures.
+            with Step([], "measure"):
+                answers = backend.differentiate(
+                    compute_loss,
+                    _tensors_of(x, y),
+                    probes,
+                    _all_variables(model),
+                )
         finally:
             for wrapper in attached:
                 wrapper.detach()
@@ -185,11 +189,12 @@ def kronecker_factors(model, x, y, layers=None, loss=None):
     results = []
     for probe, answer in zip(probes, answers, strict=True):
         path = paths[id(probe)]
-        calls = (
-            0 if answer[0] is None else float(ops.convert_to_numpy(answer[0]))
-        )
+        calls = 0
+        if answer is not None:
+            answer = ops.convert_to_numpy(answer) / ANSWER_SCALE
+            calls, *sums = probe.split(answer)
         if calls:
-            results.append(_result(path, probe.block, answer, calls))
+            results.append(_result(path, probe.block, sums, calls))
         elif layers is not None:
             raise ValueError(
                 f"Layer '{path}' isn't called by the model for this batch, or "
@@ -576,8 +581,6 @@ def _full_wrapper(layer):
     if len(reasons) == len(blocks):
         raise _NoFullFactors(reasons[0])
     wrapper.measure(blocks)
-    # A wrapper of a frozen layer doesn't measure.
-    wrapper.trainable = True
     return wrapper
 
 
@@ -631,7 +634,7 @@ def _chosen_layers(everything, layers):
                 f"or names. Received: layers={layers}. The model has {names}"
             )
         chosen += [
-            (plain_layers("kronecker_factors", layer), layer) for layer in found
+            (layers_in("kronecker_factors", layer), layer) for layer in found
         ]
     return chosen
 
@@ -712,11 +715,8 @@ def _in_order(model, wrappers):
     )
 
 
-def _result(path, block, answer, calls):
-    activation, gradient = (
-        np.array(ops.convert_to_numpy(total)) / np.float32(calls)
-        for total in answer[1:]
-    )
+def _result(path, block, sums, calls):
+    activation, gradient = (total / np.float32(calls) for total in sums)
     return KroneckerFactors(
         layer=path,
         parameters=tuple(v.path for v in block.parameters),

@@ -4,8 +4,8 @@ import dataclasses
 import io
 import math
 
+from keras_adafisher.wrap import layers_in
 from keras_adafisher.wrap import make_wrapper
-from keras_adafisher.wrap import plain_layers
 from keras_adafisher.wrappers import wrapper_of
 
 
@@ -22,6 +22,9 @@ class ParameterCoverage:
             measured or wasn't called in training. Empty if the parameter
             takes AdamW's rule.
         reason: Why there are no factors. Empty if there are.
+        source: What the factors come from, by what happened in training so
+            far: "measured", "estimated" from the gradient, or "not yet". Empty
+            if the parameter takes AdamW's rule.
     """
 
     layer: str
@@ -29,6 +32,7 @@ class ParameterCoverage:
     shape: tuple
     factors: str
     reason: str
+    source: str = ""
 
     @property
     def count(self):
@@ -104,7 +108,7 @@ def coverage(target):
         TypeError: `target` is neither.
         ValueError: `target` isn't built.
     """
-    layers = plain_layers("coverage", target)
+    layers = layers_in("coverage", target)
     if not target.built:
         raise ValueError(
             f"Model '{target.name}' has not yet been built. Build it first "
@@ -113,6 +117,7 @@ def coverage(target):
     # From the outside to the inside: the innermost layer owns a variable.
     owners = {}
     factors = {}
+    sources = {}
     reasons = {}
     for layer in layers:
         for variable in layer.variables:
@@ -123,15 +128,20 @@ def coverage(target):
         if wrapper is None:
             wrapper, reason = make_wrapper(layer)
         reasons[id(layer)] = reason
-        for block in [] if wrapper is None else wrapper.blocks:
-            for variable, text in _describe(block):
+        if wrapper is None:
+            continue
+        probes = wrapper.probes or [None] * len(wrapper.blocks)
+        for block, probe in zip(wrapper.blocks, probes, strict=True):
+            source, note = _source_of(block, probe)
+            for variable, text in _describe(block, note):
                 # A weight that is used in two ways has two blocks.
                 known = factors.get(id(variable))
                 factors[id(variable)] = f"{known} + {text}" if known else text
+                sources.setdefault(id(variable), source)
 
     rows = []
     for variable in target.trainable_variables:
-        # Keras' mark for what its gradient replaces: probes, and the scales of
+        # Keras' mark for what its gradient replaces, such as the scales of
         # float8. No optimizer takes a step along it.
         if variable.overwrite_with_gradient:
             continue
@@ -145,15 +155,30 @@ def coverage(target):
                 shape=tuple(variable.shape),
                 factors=text,
                 reason="" if text else reason,
+                source=sources.get(id(variable), ""),
             )
         )
     return Coverage(target.name, rows)
 
 
-def _describe(block):
-    gradient = f"S {block.gradient_shape}"
-    if block.is_estimated:
-        gradient += ", estimated from the gradient"
+def _source_of(block, probe):
+    """What the factors of a block come from, and what to say of it."""
+    records = [
+        optimizer.records_of(probe)
+        for optimizer in (() if probe is None else probe.optimizers)
+        # One that has made no step yet has nothing to say.
+        if int(optimizer.iterations) > 0
+    ]
+    taken = sum(record[0] for record in records)
+    is_estimated = block.is_estimated or any(record[2] for record in records)
+    note = ", estimated from the gradient" if is_estimated else ""
+    if not taken:
+        return "not yet", f"{note}, nothing so far" if records else note
+    return "estimated" if is_estimated else "measured", note
+
+
+def _describe(block, note):
+    gradient = f"S {block.gradient_shape}{note}"
     if block.weight is not None:
         yield block.weight, f"H {block.activation_shape} x {gradient}"
     if block.bias is not None:

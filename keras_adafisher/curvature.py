@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher import factors
+from keras_adafisher.probe import ANSWER_SCALE
 from keras_adafisher.rows import Rows
 
 
@@ -27,10 +28,13 @@ class Curvature:
 
     Attributes:
         places: Dict from the name of a factor to where it begins in the vector
-            of all, and its shape. The names are "activation", "gradient", and
-            in a block with a bias "one", the factor of the input that is
-            always 1, and "bias_gradient" if the bias has an `S` of its own.
+            of all, and its shape. The names are those of the parts of an
+            answer, in their order: "one", the factor of the input that is
+            always 1 (a block without a bias doesn't read it), "activation",
+            "gradient", and "bias_gradient" if the bias has an `S` of its own.
         vector: The variable that has the factors of all blocks.
+        is_estimated: Bool. Whether the last measurement was an estimate from
+            the weight's gradient.
     """
 
     def __init__(self, probe):
@@ -42,12 +46,8 @@ class Curvature:
         self.blocks_of_weight = [self]
         self.places = {}
         self.vector = None
+        self.is_estimated = self.block.is_estimated
         self._views = {}
-
-    @property
-    def is_measured(self):
-        """Whether a tap is there for one of the weight's uses."""
-        return any(c.probe.is_tapped for c in self.blocks_of_weight)
 
     def factor(self, name):
         """One of the running factors, a tensor. `None` if there is none."""
@@ -74,19 +74,20 @@ class Curvature:
     @property
     def one(self):
         """`H` of the bias, a scalar. `None` without a bias."""
-        return self.factor("one")
+        return None if self.block.bias is None else self.factor("one")
 
     @property
     def bias_gradient(self):
         """`S` of the bias. `None` without a bias."""
-        if "one" not in self.places:
+        if self.block.bias is None:
             return None
         has_own = "bias_gradient" in self.places
         return self.factor("bias_gradient" if has_own else "gradient")
 
     def values(self):
         """List of all running factors."""
-        return [self.factor(name) for name in self.places]
+        names = [n for n in self.places if n != "one" or self.one is not None]
+        return [self.factor(name) for name in names]
 
     def terms(self):
         """List of triples: what the block adds to Fisher diagonals.
@@ -114,23 +115,21 @@ class Curvature:
         """Dict from the name of each factor to its shape."""
         block = self.block
         shapes = {
+            "one": (),
             "activation": block.activation_shape,
             "gradient": block.gradient_shape,
         }
-        if block.bias is not None:
-            shapes["one"] = ()
-            if block.bias_gradient_shape is not None:
-                shapes["bias_gradient"] = block.bias_gradient_shape
+        if block.bias_gradient_shape is not None:
+            shapes["bias_gradient"] = block.bias_gradient_shape
         return shapes
 
     def rows(self, normalization):
         """List of the names of the factors that make up each row."""
-        names = list(self.shapes())
-        takes_part = self.block.normalizes_one and normalization == "min_max"
-        if "one" in names and takes_part:
-            names.remove("one")
-            return [["activation", "one"], *([name] for name in names[1:])]
-        return [[name] for name in names]
+        one, activation, *others = self.shapes()
+        takes_part = self.block.bias is not None and self.block.normalizes_one
+        if takes_part and normalization == "min_max":
+            return [[one, activation], *([name] for name in others)]
+        return [[name] for name in self.shapes()]
 
 
 class FisherDiagonal:
@@ -174,23 +173,27 @@ class Factors:
 
     Attributes:
         curvatures: List with the `Curvature` of each block.
-        variables: List of the vector and, with `accumulates`, the variable
-            that sums up what the update's steps so far have measured. There is
-            none without a probe.
-        vector: The first of them.
+        variables: List of `vector`, `records` and, with `accumulates`, the
+            variable that sums up what the update's steps so far have measured.
+            There is none without a probe.
+        vector: Variable, the factors.
+        records: Variable, how often each block's factors have taken in what
+            was measured, and then how often each has dropped it.
     """
 
     def __init__(self, probes, normalization, accumulates, add_variable):
         self.curvatures = [Curvature(probe) for probe in probes]
         self._normalization = normalization
         self.variables = []
+        self.vector = None
+        self.records = None
         if not probes:
             return
         self._find_uses()
         self._lay_out()
-        sizes = {"factors": self._size}
+        sizes = {"factors": self._size, "records": 2 * len(self.curvatures)}
         if accumulates:
-            sizes["answers"] = len(self.curvatures) + self._size
+            sizes["answers"] = self._size
         self.variables = [
             add_variable(
                 shape=(size,),
@@ -203,7 +206,7 @@ class Factors:
             )
             for name, size in sizes.items()
         ]
-        self.vector = self.variables[0]
+        self.vector, self.records = self.variables[:2]
         for curvature in self.curvatures:
             curvature.vector = self.vector
 
@@ -225,19 +228,20 @@ class Factors:
         # The names of the factors of each row, with the number of their block.
         rows = []
         lengths = []
-        self._order = []
+        self._starts = []
         self._size = 0
         for number, curvature in enumerate(self.curvatures):
             shapes = curvature.shapes()
+            self._starts.append(self._size)
             for names in curvature.rows(self._normalization):
                 start = self._size
                 for name in names:
                     curvature.places[name] = self._size, shapes[name]
-                    self._order.append((number, name))
                     self._size += math.prod(shapes[name])
                 rows.append((number, names))
                 lengths.append(self._size - start)
         self._rows = Rows(lengths)
+        self._places_of_ones = backend.constant(self._starts, "int32")
         rows_of_blocks = [[] for _ in self.curvatures]
         for row, (number, _) in enumerate(rows):
             rows_of_blocks[number].append(row)
@@ -249,7 +253,7 @@ class Factors:
         )
         # The scale of the loss is that of `s`.
         self._has_scale = backend.constant(
-            ["gradient" in names[0] for _, names in rows], "float32"
+            ["gradient" in names[-1] for _, names in rows], "float32"
         )
         self._epsilon_scales = backend.constant(
             [
@@ -265,32 +269,14 @@ class Factors:
         """Put all that was measured into one vector.
 
         Args:
-            answers: Dict from the id of each probe that has answered to the
-                sums of the gradients of its inputs.
+            answers: Dict from the id of each probe that has answered to its
+                answer.
 
         Returns:
-            A vector: how often each block was called, and the sums, laid out
-            as the factors are.
+            A vector laid out as the factors are, with the sums of what was
+            measured. That of "one" is the number of calls.
         """
-        calls = []
-        totals = {}
-        for number, curvature in enumerate(self.curvatures):
-            probe = curvature.probe
-            answer = answers.get(id(probe))
-            if answer is None:
-                calls.append(ops.zeros(()))
-                continue
-            # Not gathered on steps that don't measure.
-            count, activation, gradient = map(
-                backend.keep_layout, answer, probe.inputs
-            )
-            gradient, bias_gradient = curvature.block.split_gradient(gradient)
-            calls.append(count)
-            totals[number, "activation"] = activation
-            totals[number, "gradient"] = gradient
-            totals[number, "one"] = count
-            totals[number, "bias_gradient"] = bias_gradient
-        return self._joined(calls, totals)
+        return self._joined(answers) * (1 / ANSWER_SCALE)
 
     def join_estimates(self, gradients):
         """Put what weights' gradients say of the factors into one vector.
@@ -303,34 +289,40 @@ class Factors:
             See `join`. The scale of an estimate is arbitrary: it takes no
             `epsilon`.
         """
-        calls = []
-        totals = {}
-        for number, curvature in enumerate(self.curvatures):
+        answers = {}
+        for curvature in self.curvatures:
             weight = gradients.get(id(curvature))
             if weight is None:
-                calls.append(ops.zeros(()))
                 continue
             weight = ops.convert_to_tensor(weight)
             activation, gradient = curvature.block.estimate_from_gradient(
                 weight
             )
+            # Like the input that is always 1, which is normalized together
+            # with the others and becomes 1: the largest of them.
+            largest = ops.max(activation)
+            activation = activation / ops.where(largest > 0, largest, 1.0)
             # The gradient of an unused weight is zero.
-            calls.append(ops.cast(ops.any(weight != 0), "float32"))
-            totals[number, "activation"] = activation
-            totals[number, "gradient"] = gradient
-            # It normalizes to 1 and, in a row with others, not the others.
-            totals[number, "one"] = ops.max(activation)
-        return self._joined(calls, totals)
+            is_used = ops.cast(ops.any(weight != 0), "float32")
+            parts = [is_used, activation, gradient]
+            if "bias_gradient" in curvature.places:
+                _, shape = curvature.places["bias_gradient"]
+                parts.append(ops.zeros(shape))
+            answers[id(curvature.probe)] = ops.concatenate(
+                list(map(_flat, parts))
+            )
+        return self._joined(answers)
 
-    def _joined(self, calls, totals):
-        parts = list(calls)
-        for number, name in self._order:
-            total = totals.get((number, name))
-            if total is None:
-                total = ops.zeros(self.curvatures[number].places[name][1])
-            parts.append(total)
-        answers = ops.concatenate(list(map(_flat, parts)))
-        return backend.keep_layout(answers, self.vector)
+    def _joined(self, answers):
+        parts = [
+            answers.get(id(curvature.probe)) for curvature in self.curvatures
+        ]
+        parts = [
+            ops.zeros(curvature.probe.size) if part is None else part
+            for part, curvature in zip(parts, self.curvatures, strict=True)
+        ]
+        vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        return backend.keep_layout(vector, self.vector)
 
     def add(self, answers, is_last):
         """Add what was measured to that of the update's earlier steps.
@@ -342,7 +334,7 @@ class Factors:
         Returns:
             The sum, and what to begin the next step with.
         """
-        total = ops.add(self.variables[1], answers)
+        total = ops.add(self.variables[2], answers)
         return total, ops.where(is_last, ops.zeros_like(total), total)
 
     def taken_in(self, answers, scale, epsilon, gamma_1, gamma_2):
@@ -358,27 +350,35 @@ class Factors:
             epsilon, gamma_1, gamma_2: See `AdaFisher`.
 
         Returns:
-            The new vector. The factors of a block stay as they were if its
-            weight wasn't used, or if not all that it measured is finite.
+            List of the new factors and the new records. The factors of a block
+            stay as they were if its weight wasn't used, or if what it measured
+            can't be sums of squares: not all of it is finite and positive.
         """
-        count = len(self.curvatures)
-        calls, totals = answers[:count], answers[count:]
-        # What makes means, for a loss that isn't scaled, of sums.
-        divisors = backend.take(ops.maximum(calls, 1), self._blocks_of_rows)
-        if scale != 1:
+        calls = backend.take(answers, self._places_of_ones)
+        # Turn sums over calls into means, and undo the scale of the loss. (A
+        # gradient that was clipped has less than one call.)
+        divisors = ops.where(calls > 0, calls, 1.0)
+        divisors = backend.take(divisors, self._blocks_of_rows)
+        if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
-        x, is_finite = self._normalized(totals, divisors, epsilons)
-        is_usable = ops.all(
+        answers = ops.where(answers < 0, np.float32(np.nan), answers)
+        x, is_finite = self._normalized(answers, divisors, epsilons)
+        is_possible = ops.all(
             backend.take(is_finite, self._rows_of_blocks), axis=1
         )
         if self._uses is not None:
             calls = ops.max(backend.take(calls, self._uses), axis=1)
-        is_usable = ops.logical_and(is_usable, calls > 0)
+        is_used = calls > 0
+        is_usable = ops.logical_and(is_possible, is_used)
+        is_dropped = ops.logical_and(ops.logical_not(is_possible), is_used)
+        records = ops.concatenate([is_usable, is_dropped])
+        records = ops.add(self.records, ops.cast(records, "float32"))
         is_usable = backend.take(is_usable, self._blocks_of_rows)
         old = ops.convert_to_tensor(self.vector)
         new = factors.running_average(old, x, gamma_1, gamma_2)
-        return ops.where(self._rows.to_entries(is_usable), new, old)
+        new = ops.where(self._rows.to_entries(is_usable), new, old)
+        return [new, backend.keep_layout(records, self.records)]
 
     def _normalized(self, totals, divisors, epsilons):
         """Normalize each row of what was measured.

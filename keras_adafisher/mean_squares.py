@@ -50,6 +50,8 @@ class MeanSquares:
         Args:
             update: Integer, a number or a tensor. The first update is 0.
         """
+        if self._interval == 1:
+            return True
         return (update < self._interval) | (update % self._interval == 0)
 
     def averaged(self, squares, update):

@@ -11,18 +11,21 @@ wrapper, as gradients, in `apply`, and live here as optimizer variables.
 import functools
 import math
 import numbers
+import sys
 import warnings
+import weakref
 
 import keras
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher import steps
 from keras_adafisher.curvature import Factors
 from keras_adafisher.curvature import FisherDiagonal
 from keras_adafisher.mean_squares import MeanSquares
-from keras_adafisher.probe import ask
 from keras_adafisher.probe import probe_of
-from keras_adafisher.probe import probes_at
+from keras_adafisher.probe import probes_of
+from keras_adafisher.probe import with_probes
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
@@ -245,6 +248,11 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             gradient_accumulation_steps=gradient_accumulation_steps,
             **kwargs,
         )
+        # Whether it has warned that nothing is measured, and a reference to
+        # the scale of the loss.
+        self._has_warned = False
+        self._has_warned_of_dropped = False
+        self._loss_scale = lambda: None
         self.beta = float(beta)
         self.damping = float(damping)
         self.gamma_1 = float(gamma_1)
@@ -260,14 +268,14 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def build(self, variables):
         """Initialize optimizer variables.
 
-        AdaFisher optimizer has 4 types of variables: momentums, velocities
-        (for each parameter without factors), the running factors (of all
-        factored layers), and mean squares (of all parameters with factors).
+        AdaFisher optimizer has 5 types of variables: momentums, velocities
+        (for each parameter without factors), the running factors and how often
+        they were measured (of all factored layers), and mean squares (of all
+        parameters with factors).
 
         Args:
             variables: list of model variables to build AdaFisher variables
-                on, probes included: `model.trainable_variables` of a wrapped
-                model.
+                on, `model.trainable_variables` of a wrapped model.
 
         Raises:
             TypeError: `variables` is anything else.
@@ -275,7 +283,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         if self.built:
             return
         variables = _list_of_variables(variables)
-        probes = _complete_probes(variables)
+        probes = probes_of(variables)
         if variables and not probes:
             warnings.warn(
                 "AdaFisher found Kronecker factors for none of the "
@@ -287,10 +295,14 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 "model can be factored.",
                 stacklevel=2,
             )
+        # In a training step, lists have the probes too, behind the others.
+        variables = [v for v in variables if probe_of(v) is None]
+        weight_count = len(variables)
+        variables = with_probes(variables)
         backend.check_same_strategy(variables, self._iterations)
         super().build(variables)
 
-        self._is_probe = [probe_of(v) is not None for v in variables]
+        self._weight_count = weight_count
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         self._factors = Factors(
             probes,
@@ -299,6 +311,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             self.add_variable,
         )
         self._curvatures = self._factors.curvatures
+        for probe in probes:
+            probe.optimizers.add(self)
         # Without one, AdamW's rule.
         self._fishers = [FisherDiagonal() for _ in variables]
         # For each weight the factors that its gradient may have to estimate.
@@ -306,6 +320,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         self._is_measuring_now = False
         self._update_now = None
         self._shared = None
+        self._unmeasured = set()
         for curvature in self._curvatures:
             for parameter, *term in curvature.terms():
                 index = self._index_of(parameter)
@@ -341,16 +356,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             )
 
         if self.use_ema:
-            # Keras keeps no average of a probe but `None`, and then walks
-            # over all of its averages. A probe serves as its own.
-            averages = self._model_variables_moving_average
-            for index, variable in enumerate(variables):
-                if averages[index] is None:
-                    averages[index] = variable
-        # Built in `apply`, it is by the first replica, which can't write
-        # without the others. `apply` writes the next request in any case.
-        if not backend.in_replica():
-            self.ask()
+            # Keras has `None` in the place of a probe's average, and wants as
+            # many as there are variables of the model.
+            del self._model_variables_moving_average[weight_count:]
 
     def apply(self, grads, trainable_variables=None):
         """Update trainable variables according to provided gradient values.
@@ -387,31 +395,57 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         parameters = []
         parameter_grads = []
         for gradient, variable in zip(grads, trainable_variables, strict=True):
-            index = self._index_of(variable)
-            if index is not None and self._is_probe[index]:
-                answers[id(variable)] = gradient
-            else:
+            if probe_of(variable) is None:
                 parameters.append(variable)
                 parameter_grads.append(gradient)
+            elif gradient is not None:
+                answers[id(variable)] = gradient
 
-        # Before Keras counts on.
+        # Read before `super().apply` increments it, and for the update too.
         step = backend.step_number(self._iterations)
-        is_measuring_next = self._is_measuring(step + 1)
-        # For the update too.
-        self._is_measuring_now = self._is_measuring(step)
+        is_plain = steps.mode() == "plain"
+        self._is_measuring_now = not is_plain and self._is_measuring(step)
         self._update_now = self._updates_before(step)
         self._shared = {}
         try:
             self._update_factors(answers, step)
             for curvature in self._curvatures:
-                backend.close_tap(curvature.probe)
+                backend.clear_answer(curvature.probe)
             super().apply(parameter_grads, parameters)
         finally:
             # No tensor of a trace that failed stays here.
             self._is_measuring_now = False
             self._update_now = None
             self._shared = None
-        self.ask(is_measuring_next)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        """Stateless version of `apply` that returns modified variables.
+
+        Args:
+            optimizer_variables: list of tensors, the values of `variables`.
+            grads: list of gradients, one for each of `trainable_variables`.
+            trainable_variables: list of tensors, the values of the variables
+                that the optimizer was built with, and in a training step those
+                of the probes.
+
+        Returns:
+            A tuple of two lists of tensors, the updated `trainable_variables`
+            and the updated `optimizer_variables`.
+        """
+        count = self.built and len(self._trainable_variables)
+        if count and len(trainable_variables) == self._weight_count < count:
+            # Outside of a training step there are no probes.
+            missing = count - self._weight_count
+            probes = self._trainable_variables[self._weight_count :]
+            trainable_variables, optimizer_variables = super().stateless_apply(
+                optimizer_variables,
+                [*grads, *[None] * missing],
+                [*trainable_variables, *probes],
+            )
+            return trainable_variables[:-missing], optimizer_variables
+        return super().stateless_apply(
+            optimizer_variables, grads, trainable_variables
+        )
 
     def _prepare_updates(self, grads, variables):
         """Take in what gradients say, before any parameter is updated.
@@ -429,22 +463,20 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             if self._fishers[index]:
                 gradients[index] = gradient
             for curvature in self._curvatures_of[index]:
-                if not curvature.is_measured:
-                    # `coverage` tells.
-                    curvature.block.is_estimated = True
+                if id(curvature) in self._unmeasured:
                     unmeasured[id(curvature)] = gradient
         factors = self._factors
 
         def estimated():
             estimates = factors.join_estimates(unmeasured)
-            return [
-                factors.taken_in(
-                    estimates, 1.0, 0.0, self.gamma_1, self.gamma_2
-                )
-            ]
+            return factors.taken_in(
+                estimates, 1.0, 0.0, self.gamma_1, self.gamma_2
+            )
 
         if unmeasured:
-            self._assign_if(self._is_measuring_now, [factors.vector], estimated)
+            self._assign_if(
+                self._is_measuring_now, factors.variables[:2], estimated
+            )
 
         def averaged():
             squares = {
@@ -502,7 +534,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         The learning rate, corrected for averages that start at zero and, with
         `rms_decay`, divided by the root mean square of the quotients.
         """
-        # The same for many variables: made once in each `apply`.
+        # The same for many variables: made once in each `apply`. But not the
+        # learning rate, which a subclass may change from one to the next.
         made = {} if self._shared is None else self._shared
         is_factored = bool(self._fishers[index])
         key = is_factored, dtype
@@ -511,7 +544,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             weight = 1 - ops.power(ops.cast(self.beta, dtype), step)
             if self.nesterov:
                 weight = 1 - self.beta * (1 - weight)
-            rate = learning_rate / weight
+            rate = 1 / weight
             if not is_factored:
                 decay = ops.cast(self.adam_beta_2, dtype)
                 rate = rate * ops.sqrt(1 - ops.power(decay, step))
@@ -521,9 +554,10 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 )
                 rate = rate / ops.cast(roots, dtype)
             made[key] = rate
+        rate = made[key]
         if is_factored and self._mean_squares is not None:
-            return self._mean_squares.of(made[key], index)
-        return made[key]
+            rate = self._mean_squares.of(rate, index)
+        return learning_rate * rate
 
     def fisher_diagonal(self, variable):
         """The damped Fisher diagonal that a parameter's momentum is divided by.
@@ -571,31 +605,99 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             denominator = denominator * root
         return ops.cast(self.learning_rate, "float32") / denominator
 
-    def ask(self, wanted=True):
-        """Say whether the layers are to measure at the next step.
+    def measures_factors(self):
+        """Whether the factors are measured at the step that comes next.
 
-        Training does so by itself. Only code that assigns to the optimizer's
-        variables past its methods has a reason to: the step that comes next
-        may then be a measuring one.
+        Returns:
+            Bool or boolean tensor.
+        """
+        return self._is_measuring(backend.step_number(self._iterations))
+
+    def measures_anything(self):
+        """Whether anything is measured at the step that comes next.
+
+        The factors or, with `rms_decay`, the size of the steps.
+
+        Returns:
+            Bool or boolean tensor.
+        """
+        step = backend.step_number(self._iterations)
+        if self._mean_squares is None:
+            return self._is_measuring(step)
+        return self._mean_squares.are_measured(self._updates_before(step))
+
+    def leave(self, probes):
+        """Ask some probes for nothing more: another optimizer has come.
 
         Args:
-            wanted: Bool or boolean tensor. If the next step isn't one at which
-                the optimizer takes measurements in, it makes no difference.
-
-        Raises:
-            TypeError: `wanted` is neither.
+            probes: List of `Probe`s.
         """
-        dtype = getattr(wanted, "dtype", None)
-        if not isinstance(wanted, bool) and (
-            dtype is None or keras.backend.standardize_dtype(dtype) != "bool"
-        ):
-            raise TypeError(
-                "Argument `wanted` of `ask` must be a bool or a boolean "
-                f"tensor. Received: wanted={wanted} (of type {type(wanted)})"
+        for probe in probes:
+            probe.optimizers.discard(self)
+
+    def set_loss_scale(self, variable):
+        """Say by what the loss is multiplied, beside `loss_scale_factor`.
+
+        A `LossScaleOptimizer` does so when it is built.
+
+        Args:
+            variable: `keras.Variable`.
+        """
+        # A reference, which Keras doesn't take for a variable of this one's.
+        self._loss_scale = weakref.ref(variable)
+
+    def records_of(self, probe):
+        """What has become of a block's measurements.
+
+        Args:
+            probe: The block's `Probe`.
+
+        Returns:
+            Tuple of two floats, how many the factors have taken in and how many
+            they have dropped, and of a bool, whether the last one was an
+            estimate from the weight's gradient. `None` if the optimizer has no
+            factors of the block.
+        """
+        for number, curvature in enumerate(self._curvatures):
+            if curvature.probe is probe:
+                records = ops.convert_to_numpy(self._factors.records)
+                taken, dropped = records.reshape(2, -1)[:, number]
+                return float(taken), float(dropped), curvature.is_estimated
+        return None
+
+    def finalize_variable_values(self, var_list):
+        """Set the final value of model's trainable variables.
+
+        `fit` calls it at its end. It warns if there are layers of which no
+        measurement could be used.
+
+        Args:
+            var_list: list of model variables.
+        """
+        super().finalize_variable_values(var_list)
+        # After an error, variables may have no values on JAX.
+        has_failed = sys.exc_info()[0] is not None
+        if has_failed or not self.built or not self._curvatures:
+            return
+        records = ops.convert_to_numpy(self._factors.records).reshape(2, -1)
+        unusable = [
+            curvature.block.parameters[0].path
+            for curvature, (taken, dropped) in zip(
+                self._curvatures, records.T, strict=True
             )
-        if self.built:
-            probes = [curvature.probe for curvature in self._curvatures]
-            ask(probes, wanted, self.assign, self)
+            if dropped > taken
+        ]
+        if unusable and not self._has_warned_of_dropped:
+            self._has_warned_of_dropped = True
+            warnings.warn(
+                "AdaFisher has dropped most of what it measured for "
+                f"{', '.join(unusable)}, since it isn't finite or is negative, "
+                "which a mean square can't be. Either the loss isn't finite, "
+                "or something changes gradients before the optimizer gets "
+                "them: noise, for instance. Leave out the last of them then, "
+                "those of variables with `overwrite_with_gradient`.",
+                stacklevel=2,
+            )
 
     def load_own_variables(self, store):
         """Set the state of this optimizer object: all of it or nothing.
@@ -617,7 +719,6 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 [store[n] if n in names else None for n in needed]
             )
         super().load_own_variables(store)
-        self.ask()
 
     def set_weights(self, weights):
         """Set the weights of the optimizer: all of them or none.
@@ -639,7 +740,6 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
                 )
             self._check_state(weights)
         super().set_weights(weights)
-        self.ask()
 
     def get_config(self):
         config = super().get_config()
@@ -695,6 +795,8 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
     def _is_measuring(self, step):
         """Whether the factors are measured at a step, counted from 0."""
+        if self.factor_update_steps == 1:
+            return True
         return self._updates_before(step) % self.factor_update_steps == 0
 
     def _update_factors(self, answers, step):
@@ -707,65 +809,121 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         measuring = self._is_measuring_now
         if measuring is False:
             return
-        curvatures = [c for c in self._curvatures if c.is_measured]
-        if not curvatures:
+        found = self._answers_by_probe(answers)
+        probes = [c.probe for c in self._curvatures if id(c.probe) in found]
+        measured = {
+            curvature.key
+            for curvature in self._curvatures
+            if id(curvature.probe) in found
+        }
+        # Without an answer for any use of a weight, its gradient has to do.
+        self._unmeasured = {
+            id(curvature)
+            for curvature in self._curvatures
+            if curvature.key not in measured
+        }
+        for curvature in self._curvatures:
+            curvature.is_estimated = id(curvature) in self._unmeasured
+        self._warn_of_missing_answers()
+        if not probes:
             return
 
-        probes = [curvature.probe for curvature in curvatures]
-        if not backend.has_answers(probes):
-            warnings.warn(
-                "AdaFisher is at a step at which it measures its Kronecker "
-                "factors, but no layer has reported anything. Compute the "
-                "gradients by `loss.backward()`: `torch.autograd.grad` "
-                "reaches only the tensors that it is given.",
-                stacklevel=3,
-            )
         # All in one list, so that they can travel together.
         sums = backend.sum_over_replicas(
-            probes,
-            [probe.answer(answers) for probe in probes],
-            measuring,
+            probes, [found[id(probe)] for probe in probes], measuring
         )
         answered = dict(zip(map(id, probes), sums, strict=True))
         factors = self._factors
 
-        steps = self.gradient_accumulation_steps or 1
+        count = self.gradient_accumulation_steps or 1
         # The scale of the loss is the scale of `s`.
-        scale = (self.loss_scale_factor or 1.0) * steps
+        scale = self._loss_scale_now() * count
 
         def taken_in(total):
             return factors.taken_in(
                 total, scale, self.epsilon, self.gamma_1, self.gamma_2
             )
 
-        def measured():
+        def new_values():
             total = factors.join(answered)
-            if steps == 1:
-                return [taken_in(total)]
-            is_last = (step + 1) % steps == 0
+            if count == 1:
+                return taken_in(total)
+            is_last = (step + 1) % count == 0
             total, rest = factors.add(total, is_last)
-            vector = backend.cond(
+            values = backend.cond(
                 is_last,
                 lambda: taken_in(total),
-                lambda: ops.convert_to_tensor(factors.vector),
+                lambda: list(map(ops.convert_to_tensor, factors.variables[:2])),
             )
-            return [vector, rest]
+            return [*values, rest]
 
-        self._assign_if(measuring, factors.variables, measured)
+        self._assign_if(measuring, factors.variables, new_values)
+
+    def _answers_by_probe(self, answers):
+        """Dict from the id of each probe that has answered to its answer."""
+        step = steps.current()
+        found = {}
+        for curvature in self._curvatures:
+            probe = curvature.probe
+            answer = backend.answer_of(probe, answers)
+            # JAX has a gradient, of zeros, for what isn't used too.
+            if step is not None and id(probe) not in step.answering:
+                answer = None
+            if answer is not None:
+                found[id(probe)] = ops.convert_to_tensor(answer)
+        return found
+
+    def _warn_of_missing_answers(self):
+        """Warn once if no layer has reported what should have been seen."""
+        seen = [c for c in self._curvatures if c.probe.is_seen]
+        if self._has_warned or not seen:
+            return
+        if all(id(curvature) in self._unmeasured for curvature in seen):
+            self._has_warned = True
+            warnings.warn(
+                "AdaFisher is at a step at which it measures its Kronecker "
+                "factors, but no layer has reported anything. It estimates "
+                "them from the weights' gradients. " + backend.HOW_TO_MEASURE,
+                stacklevel=4,
+            )
+
+    def _loss_scale_now(self):
+        """What the loss is multiplied by: a float or, if it varies, a tensor.
+
+        Without `epsilon`, the normalization of the factors undoes it, and a
+        scale that varies isn't read.
+        """
+        variable = self._loss_scale()
+        if variable is None or not self.epsilon:
+            return float(self.loss_scale_factor or 1)
+        step = steps.current()
+        if step is None:
+            return ops.convert_to_tensor(variable)
+        return step.value_of(variable)
 
     def _assign_if(self, condition, variables, new_values):
         """Set variables to what a function returns, or leave them."""
-        if condition is False:
+        if condition is False or steps.mode() == "plain":
             return
 
         def laid_out(values):
             return list(map(backend.keep_layout, values, variables))
 
-        values = backend.cond(
-            condition,
-            lambda: laid_out(new_values()),
-            lambda: laid_out(map(ops.convert_to_tensor, variables)),
-        )
+        if steps.mode() == "measure" or condition is True:
+            # If there is a condition, it is around the whole step already.
+            old = list(map(ops.convert_to_tensor, variables))
+            values = new_values()
+            if condition is not True:
+                values = [
+                    ops.where(condition, *pair)
+                    for pair in zip(values, old, strict=True)
+                ]
+        else:
+            values = backend.cond(
+                condition,
+                lambda: laid_out(new_values()),
+                lambda: laid_out(map(ops.convert_to_tensor, variables)),
+            )
         for variable, value in zip(variables, laid_out(values), strict=True):
             self.assign(variable, value)
 
@@ -866,17 +1024,6 @@ def _list_of_variables(variables):
             f"Received: variables={variables} (of type {type(variables)})"
         )
     return found
-
-
-def _complete_probes(variables):
-    """The probes at parameters of a list whose variables are there too."""
-    known = {id(variable) for variable in variables}
-    probes = {}
-    for variable in variables:
-        for probe in probes_at(variable):
-            if all(id(v) in known for v in probe.variables):
-                probes[id(probe)] = probe
-    return list(probes.values())
 
 
 def _past_the_largest(step):

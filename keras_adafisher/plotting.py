@@ -19,7 +19,7 @@ from keras_adafisher import analysis
 from keras_adafisher.callbacks import DistributionHistory
 from keras_adafisher.callbacks import QUANTILES
 from keras_adafisher.optimizer import is_integer
-from keras_adafisher.wrap import plain_layers
+from keras_adafisher.wrap import layers_in
 
 try:
     import matplotlib
@@ -436,7 +436,7 @@ def weight_trajectories(model, x, y, trajectories, loss=None, resolution=15):
             there are fewer than three different ones, there is no loss, or
             `resolution` is less than 2.
     """
-    plain_layers("weight_trajectories", model, "model")
+    layers_in("weight_trajectories", model, "model")
     _check_count("resolution", resolution, 2)
     _check_named("trajectories", trajectories)
     for name, snapshots in trajectories.items():

@@ -1,186 +1,201 @@
-"""Request and response through autodiff.
+"""How a layer's statistics reach the optimizer: as a gradient.
 
 Nothing but a gradient can leave a function that JAX differentiates, so the
-statistics leave as one, on all backends. Each factored block owns a probe:
-three small trainable variables (on PyTorch, plain tensors). A layer's
-pre-activation passes through an identity, the tap, that takes them as further
-inputs. In the backward pass the tap returns the statistics as *their*
-gradients:
+statistics leave as one, on all backends. Each factored block owns a *probe*, a
+small vector of zeros. In a training step, the block's pre-activation passes
+through an identity, the *tap*, that takes this vector as a further input. In
+the backward pass the tap returns the statistics as *its* gradient:
 
-    forward    z ────────────────► z, and mean h²
-    backward   dL/dz ◄──────────── s = dL/dz
-               gradient of probe.activation  ◄── mean h²
-               gradient of probe.gradient    ◄── mean s²
-               gradient of probe.request     ◄── 1
+    forward    z ───────────────► z, and mean h²
+    backward   dL/dz ◄─────────── s = dL/dz
+               gradient of the vector  ◄── (1, mean h², mean s²) · 2⁻⁴⁰
 
-The value of `probe.request` says whether they are wanted. If it is 0, the
-answers are zeros and nothing is computed. It has one bit for each optimizer,
-since models that share a layer may each be trained by one of their own.
+Where a layer is called several times, autodiff sums these *answers*, and the
+sum of the ones tells how many there were. A layer that isn't called has none.
 
-Where a layer is called several times, autodiff sums the answers, and the sum
-of the ones tells how many there were. No answer at all (an unused layer) sums
-up to 0.
+There are taps in a training step only, and which of them answer, `steps.Step`
+says. Anything else, an evaluation for instance, sees the plain layer.
+
+On TensorFlow and JAX, answers travel in the list of gradients, where other code
+may look at them: it clips by a global norm, or adds a penalty. So they are
+scaled by a power of two, which floating point does exactly. They are then too
+small to be noticed there, and the optimizer gets back what was measured, bit by
+bit. On PyTorch a probe is a tensor that no list has.
 """
 
-import collections
+import math
 import weakref
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher import steps
 
-# The number of an optimizer that isn't known yet, and the largest number:
-# float32 holds integers of 24 bits.
-_WHOEVER_COMES = 0
-_LAST = 23
+# 9e-13: a mean square of 1e4 adds nothing to a gradient's norm of 1 in float32,
+# and one of 1e-25 doesn't vanish yet.
+ANSWER_SCALE = 2.0**-40
 
 
 class Probe:
-    """The inputs of the tap through which one block reports its statistics.
+    """Where one block reports what it measures.
 
     Args:
         block: The `Block` that measures.
-        wrapper: The `LayerWrapper` that owns the probe.
-        index: Int, the block's number in its layer.
+        host: The layer that the block is in.
+        name: String, unique among the probes of the layer.
 
     Attributes:
-        shapes: Dict of the shapes of `request`, `activation`, `gradient`.
-        inputs: List of the three.
-        variables: Those of them that are Keras variables, which have to be
-            differentiated with the parameters: all or, on PyTorch, none.
-        request: Scalar. The next forward and backward pass are to answer
-            unless it is 0. It is the sum of `2**number` over the optimizers
-            that want an answer. It starts at 1: whichever comes first wants
-            one. Its gradient is the number of answers.
-        activation: Of the shape of `H`. Its gradient is the sum of the
-            answers. The value is zero, and an answer where none is wanted.
-        gradient: The same for `S`.
-        is_tapped: Bool. Whether any forward pass has gone through the tap.
-            None does if the layer isn't called, since other code reads its
-            weights.
-        listening: Int. Used instead of `request` on backends that run
-            eagerly, where reading a tensor would wait for the device.
-        process_group: The processes whose answers belong together, where the
-            backend leaves it to the optimizer to sum them up.
+        size: Int, the length of the vector: one for the number of calls, then
+            the entries of `H`, of `S` and, if the bias has an `S` of its own,
+            of that.
+        variable: `keras.Variable` of shape `(size,)`, which has to be
+            differentiated with the parameters. `None` on PyTorch.
+        tensor: On PyTorch, the tensor in its place. `None` elsewhere.
+        optimizers: Weak set of the AdaFishers that have been built for the
+            block.
+        process_group: On PyTorch, the processes whose answers belong together.
     """
 
-    def __init__(self, block, wrapper, index=0):
+    def __init__(self, block, host, name="probe"):
         self.block = block
-        self._owner = wrapper.full_name
-        self._suffix = f"_{index}" if index else ""
+        self.host = host
+        shapes = [
+            block.activation_shape,
+            block.gradient_shape,
+            *filter(None, [block.bias_gradient_shape]),
+        ]
+        self.sizes = [1, *map(math.prod, shapes)]
+        self.size = sum(self.sizes)
+        self.optimizers = weakref.WeakSet()
+        self.process_group = None
+        self.variable = None
+        self.tensor = backend.make_probe_tensor(self.size, block.parameters[0])
+        if self.tensor is None:
+            self.variable = self._make_variable(name)
 
-        def add_variable(what, shape):
-            layout = backend.layout_like(self.parameters_of(what), shape)
-            variable = wrapper.add_weight(
-                shape=shape,
+    def _make_variable(self, name):
+        parameter = self.block.parameters[0]
+        with backend.creation_scope(parameter):
+            variable = keras.Variable(
                 # NumPy's. JAX compiles its own anew for each shape.
-                initializer=np.ones if what == "request" else np.zeros,
+                np.zeros,
+                shape=(self.size,),
                 dtype="float32",
                 # Under mixed precision a variable is cast where it is read,
-                # and the tap's zeros and answers would differ in dtype.
+                # and it and its gradient would differ in dtype.
                 autocast=False,
-                # Keras' own mark for a variable whose "gradient" is no
-                # descent direction: no optimizer takes a step along it.
-                overwrite_with_gradient=True,
                 aggregation="only_first_replica",
-                name=f"{what}{self._suffix}",
-                **({} if layout is None else {"layout": layout}),
+                layout=backend.whole_layout(parameter),
+                name=name,
             )
-            # How an optimizer that is given the variable finds its way back.
-            variable.adafisher_probe = self
-            return variable
+        # Keras' own mark for a variable whose "gradient" is no descent
+        # direction: no optimizer takes a step along it, or unscales it.
+        variable.overwrite_with_gradient = True
+        # How an optimizer that is given the variable finds its way back.
+        variable.adafisher_probe = self
+        return variable
 
-        self.shapes = {
-            "request": (),
-            "activation": block.activation_shape,
-            "gradient": block.gradient_statistic_shape,
-        }
-        self.inputs, self.variables = backend.make_inputs(
-            block.parameters[0], add_variable, self.shapes
+    @property
+    def is_seen(self):
+        """Whether a tap can be expected to see what the block computes."""
+        return not self.block.is_estimated and (
+            getattr(self.host, "quantization_mode", None) is None
         )
-        self.is_tapped = False
-        self.listening = 1
-        self.process_group = None
-        self._numbers = weakref.WeakKeyDictionary()
 
-    @property
-    def request(self):
-        return self.inputs[0]
-
-    @property
-    def activation(self):
-        return self.inputs[1]
-
-    @property
-    def gradient(self):
-        return self.inputs[2]
-
-    def name(self, what):
-        """A name for what belongs to the probe, of all that are alike."""
-        return f"{self._owner}_{what}{self._suffix}"
-
-    def parameters_of(self, what):
-        """The block's parameters that what is measured is a factor of."""
-        has_both = what == "gradient" and self.block.bias_gradient_shape is None
-        return self.block.parameters[: 2 if has_both else 1]
-
-    def answer(self, gradients):
-        """What the backward pass reported, summed over the calls.
+    def measure_activations(self, h):
+        """The first part of an answer, `(1, mean h²)`, scaled.
 
         Args:
-            gradients: Dict from the id of each variable of `variables` that
-                has a gradient to that.
+            h: The activations that enter the block.
 
         Returns:
-            List of the gradients of `inputs`. Zeros for those without one.
+            Float32 tensor of shape `(1 + entries of H,)`.
         """
-        found = backend.gradients_of(self, gradients)
-        return [
-            # What JAX gives for a layer that wasn't used.
-            ops.zeros(shape, "float32") if gradient is None else gradient
-            for shape, gradient in zip(self.shapes.values(), found, strict=True)
-        ]
+        statistic = self.block.activation_statistic(h)
+        return self._join([np.ones(1, "float32"), statistic])
 
-    def number_of(self, optimizer):
-        """The number of an optimizer among those that train the block."""
-        if optimizer is None:
-            return _WHOEVER_COMES
-        if optimizer not in self._numbers:
-            taken = set(self._numbers.values())
-            free = (n for n in range(1, _LAST) if n not in taken)
-            self._numbers[optimizer] = next(free, _LAST)
-        return self._numbers[optimizer]
+    def measure_gradients(self, s):
+        """The second part of an answer, the mean squares of `s`, scaled.
 
+        Args:
+            s: The gradient of the loss at the block's pre-activation.
 
-def ask(probes, wanted, assign, optimizer=None):
-    """Say whether the next forward and backward pass are to answer.
+        Returns:
+            Float32 tensor of the remaining entries.
+        """
+        statistic = self.block.gradient_statistic(s)
+        gradient, bias_gradient = self.block.split_gradient(statistic)
+        parts = (
+            [gradient] if bias_gradient is None else [gradient, bias_gradient]
+        )
+        return self._join(parts)
 
-    Args:
-        probes: List of `Probe`s.
-        wanted: Bool or boolean tensor.
-        assign: Callable `(variable, value)`.
-        optimizer: The optimizer that asks. Others that train the same
-            blocks keep their requests. `None`: on behalf of the one that
-            comes next.
-    """
-    groups = collections.defaultdict(list)
-    for probe in probes:
-        groups[probe.number_of(optimizer)].append(probe)
-    for number, group in groups.items():
-        # An optimizer that asks has come.
-        mask = ~(1 << number | 1 << _WHOEVER_COMES)
-        backend.write_requests(group, mask, wanted, 1 << number, assign)
+    def _join(self, parts):
+        parts = [backend.reshape(part, (-1,)) for part in parts]
+        vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        return vector * ANSWER_SCALE
+
+    def split(self, answer):
+        """Take an answer apart.
+
+        Args:
+            answer: Array of shape `(size,)`, not scaled.
+
+        Returns:
+            The number of calls, and the sums of `H` and of `S`, in their
+            blocks' shapes.
+        """
+        calls, activation, gradient = np.split(
+            answer, np.cumsum(self.sizes)[:2]
+        )
+        return (
+            float(calls[0]),
+            activation.reshape(self.block.activation_shape),
+            gradient[: self.sizes[2]].reshape(self.block.gradient_shape),
+        )
 
 
 def probe_of(variable):
-    """The `Probe` that a variable is part of, `None` for a parameter."""
+    """The `Probe` that a variable belongs to, `None` for a parameter."""
     return getattr(variable, "adafisher_probe", None)
 
 
 def probes_at(parameter):
     """List of the `Probe`s that measure for a parameter of a wrapped layer."""
     return getattr(parameter, "adafisher_probes", [])
+
+
+def probes_of(parameters):
+    """List of the `Probe`s that measure for any of some parameters.
+
+    Without those of layers that don't train.
+    """
+    found = {
+        id(probe): probe
+        for parameter in parameters
+        for probe in probes_at(parameter)
+        if probe.host.trainable
+    }
+    return list(found.values())
+
+
+def with_probes(variables):
+    """Some variables, and behind them the probes that measure for them.
+
+    Args:
+        variables: List of variables.
+
+    Returns:
+        List. On PyTorch, where probes are no variables, the same list.
+    """
+    known = {id(variable) for variable in variables}
+    probes = [probe.variable for probe in probes_of(variables)]
+    return [
+        *variables,
+        *(v for v in probes if v is not None and id(v) not in known),
+    ]
 
 
 def mark_parameters(probe):
@@ -210,58 +225,7 @@ def tap(z, h, probe):
     Returns:
         `z`, unchanged.
     """
-    probe.is_tapped = True
-    if not backend.open_tap(probe):
+    request = steps.request_of(probe)
+    if request is False:
         return z
-    return backend.tap(z, h, probe, _tap)
-
-
-def _tap(z, h, probe):
-    """The tap of a backend without one of its own."""
-    block = probe.block
-    request, activation, gradient = map(ops.convert_to_tensor, probe.inputs)
-    # No backend hands a sparse tensor through a custom gradient. There is no
-    # gradient from here: `h` has its own way back through the layer.
-    h = ops.stop_gradient(ops.convert_to_tensor(h, sparse=False))
-
-    def measured(h):
-        return backend.keep_layout(
-            block.activation_statistic(h), probe.activation
-        )
-
-    is_early = backend.measures_activations_early()
-    if is_early:
-        (h,) = _if_requested(request, lambda h=h: [measured(h)], [activation])
-
-    @ops.custom_gradient
-    def identity(z, h, request, activation, gradient):
-        def grad(*args, upstream=None):
-            if upstream is None:
-                # TensorFlow and JAX pass it by position, PyTorch by name.
-                (upstream,) = args
-            backend.drop_stale_answer(probe)
-
-            def answer():
-                s = backend.keep_layout(
-                    block.gradient_statistic(upstream), probe.gradient
-                )
-                return [s] if is_early else [measured(h), s]
-
-            if is_early:
-                answers = [h, *_if_requested(request, answer, [gradient])]
-            else:
-                answers = _if_requested(request, answer, [activation, gradient])
-            calls = ops.cast(backend.is_requested(request), "float32")
-            answers = map(backend.keep_layout, [calls, *answers], probe.inputs)
-            return upstream, None, *answers
-
-        return z, grad
-
-    return identity(z, h, request, activation, gradient)
-
-
-def _if_requested(request, answer, inputs):
-    """A list that a function returns, or zeros of the shapes of `inputs`."""
-    return backend.cond(
-        backend.is_requested(request), answer, lambda: backend.silence(inputs)
-    )
+    return backend.tap(z, h, probe, request)

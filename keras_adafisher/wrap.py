@@ -6,7 +6,6 @@ import functools
 import keras
 
 from keras_adafisher.wrappers import find_wrapper
-from keras_adafisher.wrappers import LayerWrapper
 from keras_adafisher.wrappers import warn_of_override
 from keras_adafisher.wrappers import wrapper_of
 
@@ -23,11 +22,11 @@ def wrap(target):
     optimizer.build(model.trainable_variables)
     ```
 
-    The model stays the same object, with the same weights, config, outputs
-    and saved files. Except on PyTorch, its `trainable_variables` then hold some
-    small variables behind the weights, the probes, through which statistics
-    reach the optimizer. Layers that aren't built yet are wrapped when they
-    are. Wrapping what is wrapped already changes nothing.
+    and decorate its step function with `keras_adafisher.training_step`.
+
+    The model stays the same object, with the same variables, config, outputs
+    and saved files. Layers that aren't built yet are wrapped when they are.
+    Wrapping what is wrapped already changes nothing.
 
     A layer whose class overrides the `call` of one that has a wrapper isn't
     wrapped, and a warning says so, once for each such class.
@@ -40,7 +39,7 @@ def wrap(target):
         ValueError: The factors of a layer don't broadcast to its parameters.
             No layer is wrapped then.
     """
-    layers = plain_layers("wrap", target)
+    layers = layers_in("wrap", target)
     built = [layer for layer in layers if layer.built]
     # All before the first is attached: if one can't be made, the model stays
     # as it is.
@@ -51,9 +50,6 @@ def wrap(target):
     for layer, wrapper in zip(built, wrappers, strict=True):
         current = wrapper_of(layer)
         if current is not None and current.has_the_blocks_of(wrapper):
-            # The optimizer that comes now measures at its first step, where
-            # the last one left off.
-            current.measure_next_step()
             continue
         # LoRA and `quantize` change which parameters a layer trains.
         _detach(layer)
@@ -83,7 +79,7 @@ def unwrap_all_but(kept, target):
         kept: Collection of layers, compared by identity.
         target: `keras.Model` or `keras.layers.Layer`.
     """
-    layers = plain_layers("unwrap", target)
+    layers = layers_in("unwrap", target)
     kept = {id(layer) for layer in kept}
     for layer in layers:
         if id(layer) in kept:
@@ -101,7 +97,7 @@ def without_wrappers(target):
     Args:
         target: `keras.layers.Layer`.
     """
-    layers = plain_layers("without_wrappers", target)
+    layers = layers_in("without_wrappers", target)
     wrappers = [w for w in map(wrapper_of, layers) if w is not None]
     for wrapper in wrappers:
         wrapper.detach()
@@ -112,8 +108,8 @@ def without_wrappers(target):
             wrapper.attach()
 
 
-def plain_layers(function, target, argument="target"):
-    """A layer and all layers inside it, without wrappers.
+def layers_in(function, target, argument="target"):
+    """A layer and all layers inside it.
 
     Args:
         function: String, the public function that `target` was given to.
@@ -133,8 +129,7 @@ def plain_layers(function, target, argument="target"):
             f"(of type {type(target)})"
         )
     # There is no public way to a layer's sub-layers.
-    layers = target._flatten_layers()
-    return [layer for layer in layers if not isinstance(layer, LayerWrapper)]
+    return target._flatten_layers()
 
 
 def make_wrapper(layer):

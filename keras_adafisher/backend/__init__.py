@@ -7,33 +7,30 @@ file is imported.
 
 from keras import backend as _keras_backend
 
+from keras_adafisher.backend.common import answer_of
 from keras_adafisher.backend.common import at_least_zero
 from keras_adafisher.backend.common import check_same_strategy
-from keras_adafisher.backend.common import close_tap
+from keras_adafisher.backend.common import clear_answer
 from keras_adafisher.backend.common import cond
 from keras_adafisher.backend.common import constant
 from keras_adafisher.backend.common import count_ids
 from keras_adafisher.backend.common import creation_scope
 from keras_adafisher.backend.common import differentiate
-from keras_adafisher.backend.common import drop_stale_answer
 from keras_adafisher.backend.common import entry
 from keras_adafisher.backend.common import evaluator
-from keras_adafisher.backend.common import gradients_of
-from keras_adafisher.backend.common import has_answers
+from keras_adafisher.backend.common import has_accelerator
+from keras_adafisher.backend.common import HOW_TO_MEASURE
 from keras_adafisher.backend.common import in_replica
-from keras_adafisher.backend.common import is_requested
 from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import keep_random_state
-from keras_adafisher.backend.common import layout_like
-from keras_adafisher.backend.common import make_inputs
+from keras_adafisher.backend.common import make_probe_tensor
 from keras_adafisher.backend.common import mean_square
 from keras_adafisher.backend.common import mean_square_of_quotient
-from keras_adafisher.backend.common import measures_activations_early
-from keras_adafisher.backend.common import open_tap
 from keras_adafisher.backend.common import part
 from keras_adafisher.backend.common import pointwise_conv
+from keras_adafisher.backend.common import request_outside_of_steps
 from keras_adafisher.backend.common import reshape
-from keras_adafisher.backend.common import silence
+from keras_adafisher.backend.common import run_step
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_min_max
 from keras_adafisher.backend.common import sum_over_replicas
@@ -43,45 +40,44 @@ from keras_adafisher.backend.common import Updater
 from keras_adafisher.backend.common import view
 from keras_adafisher.backend.common import whole_layout
 from keras_adafisher.backend.common import window_mean
-from keras_adafisher.backend.common import write_requests
 
 if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import differentiate
     from keras_adafisher.backend.jax import entry
     from keras_adafisher.backend.jax import evaluator
+    from keras_adafisher.backend.jax import has_accelerator
     from keras_adafisher.backend.jax import keep_layout
-    from keras_adafisher.backend.jax import layout_like
     from keras_adafisher.backend.jax import part
-    from keras_adafisher.backend.jax import silence
+    from keras_adafisher.backend.jax import run_step
     from keras_adafisher.backend.jax import sum_min_max
+    from keras_adafisher.backend.jax import take
+    from keras_adafisher.backend.jax import tap
     from keras_adafisher.backend.jax import whole_layout
     from keras_adafisher.backend.jax import window_mean
-    from keras_adafisher.backend.jax import write_requests
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import check_same_strategy
     from keras_adafisher.backend.tensorflow import creation_scope
     from keras_adafisher.backend.tensorflow import differentiate
+    from keras_adafisher.backend.tensorflow import has_accelerator
     from keras_adafisher.backend.tensorflow import in_replica
     from keras_adafisher.backend.tensorflow import mean_square
-    from keras_adafisher.backend.tensorflow import measures_activations_early
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
+    from keras_adafisher.backend.tensorflow import tap
     from keras_adafisher.backend.tensorflow import Updater
 elif _keras_backend.backend() == "torch":
-    from keras_adafisher.backend.torch import close_tap
+    from keras_adafisher.backend.torch import answer_of
+    from keras_adafisher.backend.torch import clear_answer
     from keras_adafisher.backend.torch import cond
     from keras_adafisher.backend.torch import constant
     from keras_adafisher.backend.torch import count_ids
     from keras_adafisher.backend.torch import differentiate
-    from keras_adafisher.backend.torch import drop_stale_answer
-    from keras_adafisher.backend.torch import gradients_of
-    from keras_adafisher.backend.torch import has_answers
-    from keras_adafisher.backend.torch import is_requested
+    from keras_adafisher.backend.torch import HOW_TO_MEASURE
     from keras_adafisher.backend.torch import keep_random_state
-    from keras_adafisher.backend.torch import make_inputs
+    from keras_adafisher.backend.torch import make_probe_tensor
     from keras_adafisher.backend.torch import mean_square
-    from keras_adafisher.backend.torch import open_tap
+    from keras_adafisher.backend.torch import request_outside_of_steps
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
@@ -89,39 +85,35 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import tap
     from keras_adafisher.backend.torch import view
     from keras_adafisher.backend.torch import window_mean
-    from keras_adafisher.backend.torch import write_requests
     from keras_adafisher.backend.torch_update import mean_square_of_quotient
     from keras_adafisher.backend.torch_update import Updater
 
 __all__ = [
+    "HOW_TO_MEASURE",
     "Updater",
+    "answer_of",
     "at_least_zero",
     "check_same_strategy",
-    "close_tap",
+    "clear_answer",
     "cond",
     "constant",
     "count_ids",
     "creation_scope",
     "differentiate",
-    "drop_stale_answer",
     "entry",
     "evaluator",
-    "gradients_of",
-    "has_answers",
+    "has_accelerator",
     "in_replica",
-    "is_requested",
     "keep_layout",
     "keep_random_state",
-    "layout_like",
-    "make_inputs",
+    "make_probe_tensor",
     "mean_square",
     "mean_square_of_quotient",
-    "measures_activations_early",
-    "open_tap",
     "part",
     "pointwise_conv",
+    "request_outside_of_steps",
     "reshape",
-    "silence",
+    "run_step",
     "step_number",
     "sum_min_max",
     "sum_over_replicas",
@@ -130,5 +122,4 @@ __all__ = [
     "view",
     "whole_layout",
     "window_mean",
-    "write_requests",
 ]

@@ -6,6 +6,13 @@ import math
 import numpy as np
 from keras import ops
 
+# What to do if no layer has reported anything.
+HOW_TO_MEASURE = (
+    "In a custom training loop, decorate the step with "
+    "`keras_adafisher.training_step(optimizer)`, and differentiate all of "
+    "`model.trainable_variables` in it."
+)
+
 
 class Updater:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
@@ -17,34 +24,68 @@ class Updater:
         super()._backend_update_step(grads, trainable_variables, learning_rate)
 
 
-def make_inputs(parameter, add_variable, shapes):
-    """Make what a tap takes besides the layer's tensors.
+def make_probe_tensor(size, parameter):
+    """Make the tensor in the place of a probe's variable.
 
     Args:
-        parameter: `keras.Variable`, one of the layer's.
-        add_variable: Callable `(name, shape)`, which makes a variable of the
-            layer's wrapper.
-        shapes: Dict from name to shape.
+        size: Int, its length.
+        parameter: `keras.Variable` that the probe measures for.
 
     Returns:
-        List of these inputs, and of those that are variables.
+        Tensor, or `None` where a probe is a variable.
     """
-    variables = [add_variable(name, shape) for name, shape in shapes.items()]
-    return variables, variables
+    return None
 
 
-def gradients_of(probe, gradients):
-    """The gradients of a probe's inputs, each a tensor or `None`.
+def answer_of(probe, gradients):
+    """The gradient of a probe.
 
     Args:
         probe: `Probe`.
-        gradients: Dict from the id of a variable to its gradient.
+        gradients: Dict from the id of a probe's variable to its gradient.
+
+    Returns:
+        Tensor, or `None` if there is none.
     """
-    return [gradients.get(id(variable)) for variable in probe.variables]
+    return gradients.get(id(probe.variable))
+
+
+def request_outside_of_steps(probe):
+    """Whether a tap measures where no training step is known to run.
+
+    Args:
+        probe: `Probe`.
+    """
+    return False
+
+
+def run_step(make_step, inner, optimizers, function, args, kwargs, once):
+    """Run a function as a training step.
+
+    Args:
+        make_step: Callable that takes the arguments of `Step` behind
+            `optimizers`, and makes one.
+        inner: List of AdaFishers.
+        optimizers: List of Keras optimizers that are or contain them.
+        function: Callable.
+        args: Tuple, its arguments.
+        kwargs: Dict, its keyword arguments.
+        once: Bool. Whether it is decided once whether the step measures.
+
+    Returns:
+        What the function returns.
+    """
+    with make_step():
+        return function(*args, **kwargs)
+
+
+def has_accelerator():
+    """Whether training steps run on something else than a CPU."""
+    return False
 
 
 def differentiate(compute_loss, data, probes, variables):
-    """Differentiate a loss with respect to the inputs of probes, eagerly.
+    """Differentiate a loss with respect to probes, eagerly.
 
     Args:
         compute_loss: Callable that takes `*data` and returns a scalar tensor.
@@ -53,8 +94,8 @@ def differentiate(compute_loss, data, probes, variables):
         variables: List of all variables that `compute_loss` reads.
 
     Returns:
-        List with the gradients of each probe's `inputs`, each a tensor or
-        `None`. Nothing else keeps a gradient.
+        List with the gradient of each probe, a tensor or `None`. Nothing else
+        keeps a gradient.
     """
     raise NotImplementedError("Keras has no operation for this.")
 
@@ -83,73 +124,11 @@ def keep_random_state():
     return contextlib.nullcontext()
 
 
-def has_answers(probes):
-    """Whether any of the probes got gradients at all, as far as one can see."""
-    return True
-
-
-def drop_stale_answer(probe):
-    """Called in a backward pass, before a probe answers."""
-
-
-def open_tap(probe):
-    """Get a probe ready for a forward pass.
-
-    Returns:
-        Bool. Whether its tap has to be part of that. A traced step is compiled
-        once, for measuring and other steps alike.
-    """
-    return True
-
-
-def close_tap(probe):
-    """Drop what `open_tap` or a backward pass left on a probe."""
+def clear_answer(probe):
+    """Drop what a backward pass left on a probe."""
     # AutoGraph, which converts what a `tf.function` calls, warns of a function
     # that consists of a docstring.
     return
-
-
-def is_requested(request):
-    """Whether a probe's answer is wanted, as `ops.cond` takes it."""
-    return request > 0
-
-
-def silence(inputs):
-    """What a probe answers if its answer isn't wanted.
-
-    Args:
-        inputs: List of those of a probe's inputs whose gradients the answer is.
-
-    Returns:
-        List of zeros of their shapes.
-    """
-    return [ops.zeros(tensor.shape, "float32") for tensor in inputs]
-
-
-def measures_activations_early():
-    """Whether a tap measures `h` in the forward pass, not in the backward pass.
-
-    Then the backward pass doesn't keep `h` alive for it: a compiler may have
-    it there in another form only.
-    """
-    return True
-
-
-def write_requests(probes, mask, wanted, bit, assign):
-    """Write some bits of requests, and leave the others.
-
-    Args:
-        probes: List of `Probe`s.
-        mask: Int, the bits to leave.
-        wanted: What a comparison with `step_number()` gives.
-        bit: Int, the bit to set if `wanted`.
-        assign: Callable `(variable, value)`.
-    """
-    requests = ops.stack([probe.request.value for probe in probes])
-    requests = ops.bitwise_and(ops.cast(requests, "int32"), mask)
-    requests = ops.cast(requests + ops.cast(wanted, "int32") * bit, "float32")
-    for probe, request in zip(probes, ops.unstack(requests), strict=True):
-        assign(probe.request, request)
 
 
 def step_number(iterations):
@@ -167,7 +146,7 @@ def sum_over_replicas(probes, answers, wanted):
 
     Args:
         probes: List of `Probe`s.
-        answers: List with the gradients of each probe's `inputs`.
+        answers: List with the answer of each of them, a tensor.
         wanted: Bool or boolean tensor. If false, the sums aren't read, and
             nothing needs to be sent.
 
@@ -191,21 +170,6 @@ def creation_scope(variable):
     return contextlib.nullcontext()
 
 
-def layout_like(parameters, shape):
-    """Layout over devices of what is used together with parameters.
-
-    Args:
-        parameters: List of variables.
-        shape: Tuple of ints.
-
-    Returns:
-        What `keras.Variable` takes as `layout`: an axis is split as those
-        axes of the parameters are that it meets in broadcasting, if they have
-        its size and agree. `None` if nothing is distributed.
-    """
-    return None
-
-
 def whole_layout(parameter):
     """Layout of what is whole on each device that has part of a parameter.
 
@@ -213,7 +177,8 @@ def whole_layout(parameter):
         parameter: Variable.
 
     Returns:
-        See `layout_like`.
+        What `keras.Variable` takes as `layout`. `None` if nothing is
+        distributed.
     """
     return None
 
@@ -233,14 +198,17 @@ def constant(values, dtype):
     return np.array(values, dtype)
 
 
-def tap(z, h, probe, default):
-    """`probe.tap`, once the probe is ready.
+def tap(z, h, probe, request):
+    """An identity in whose backward pass a probe answers.
 
     Args:
-        z, h, probe: See there.
-        default: Callable that takes these, the tap by operations of Keras.
+        z, h, probe: See `probe.tap`.
+        request: Bool or boolean tensor, whether an answer is wanted.
+
+    Returns:
+        `z`.
     """
-    return default(z, h, probe)
+    raise NotImplementedError("Each backend has its own.")
 
 
 def view(variable, make, views, name):
@@ -256,7 +224,7 @@ def view(variable, make, views, name):
 
 
 def cond(pred, true_fn, false_fn):
-    """`keras.ops.cond`. `pred` is a bool where `is_requested` returns one."""
+    """`keras.ops.cond`. On PyTorch, `pred` is a bool."""
     return ops.cond(pred, true_fn, false_fn)
 
 

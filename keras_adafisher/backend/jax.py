@@ -1,36 +1,35 @@
 """JAX' exceptions: `keras.distribution` spreads variables over devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from keras import ops
 
 from keras_adafisher.backend import common
 
 
 def differentiate(compute_loss, data, probes, variables):
-    inputs = [[v.value for v in probe.inputs] for probe in probes]
-    ids = {id(v) for probe in probes for v in probe.inputs}
+    probed = [probe.variable for probe in probes]
+    ids = set(map(id, probed))
     variables = [v for v in variables if id(v) not in ids]
 
     # All as arguments: XLA would compute with constants while it compiles.
-    def loss_of(inputs, values, data):
-        values = [
+    def loss_of(answers, values, data):
+        mapping = [
             *zip(variables, values, strict=True),
-            *(
-                pair
-                for probe, group in zip(probes, inputs, strict=True)
-                for pair in zip(probe.inputs, group, strict=True)
-            ),
+            *zip(probed, answers, strict=True),
         ]
-        with keras.StatelessScope(values, collect_losses=True):
+        with keras.StatelessScope(mapping, collect_losses=True):
             return compute_loss(*data)
 
     values = [v.value for v in variables]
     # Compiling all at once takes less than half as long as one by one.
-    return jax.jit(jax.grad(loss_of))(inputs, values, data)
+    return jax.jit(jax.grad(loss_of))([v.value for v in probed], values, data)
 
 
 def evaluator(compute_loss, data, variables):
@@ -44,21 +43,240 @@ def evaluator(compute_loss, data, variables):
     return lambda: stateless([v.value for v in variables], data)
 
 
-def write_requests(probes, mask, wanted, bit, assign):
-    values = [probe.request.value for probe in probes]
-    if not any(isinstance(v, jax.core.Tracer) for v in (wanted, *values)):
-        # Outside of a trace, each operation would be compiled by itself.
-        values, wanted = jax.device_get((values, wanted))
-    # One by one: XLA compiles equal operations once. Those that take a vector
-    # of all apart differ.
-    for probe, value in zip(probes, values, strict=True):
-        request = value.astype("int32") & mask | wanted * bit
-        assign(probe.request, request.astype("float32"))
+def tap(z, h, probe, request):
+    vector = ops.convert_to_tensor(probe.variable)
+    try:
+        return _tap(z, h, vector, probe, request)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "AdaFisher measures in the backward pass of a training step, and "
+            "JAX can't differentiate that in forward mode (`jax.jvp`, "
+            "`jax.jacfwd`, `jax.linearize`). Do it outside of the training "
+            "step, where a wrapped model is a plain one, or call "
+            "`keras_adafisher.unwrap(model)` first."
+        ) from error
 
 
-def silence(inputs):
-    # They are zeros. Made anew, those of each shape would be compiled.
-    return inputs
+def _tap(z, h, vector, probe, request):
+    h = jax.lax.stop_gradient(ops.convert_to_tensor(h, sparse=False))
+    split = sum(probe.sizes[:2])
+
+    def first_part():
+        return probe.measure_activations(h)
+
+    def whole(first, s):
+        answer = jnp.concatenate([first[:split], probe.measure_gradients(s)])
+        return keep_layout(answer, probe.variable)
+
+    if request is True:
+        # In the forward pass: the backward pass may have another form of `h`
+        # only, and needn't keep this one alive.
+        first = first_part()
+    else:
+        # Where no answer is wanted, there is the probe itself: it is zero, and
+        # zeros made anew would be one kernel more to compile for each size.
+        zeros = jax.lax.stop_gradient(vector)
+        first = jax.lax.cond(
+            request,
+            lambda: keep_layout(
+                jnp.concatenate([first_part(), zeros[split:]]), probe.variable
+            ),
+            lambda: zeros,
+        )
+
+    @jax.custom_vjp
+    def identity(z, vector, first, request):
+        return z
+
+    def forward(z, vector, first, request):
+        return z, (first, request)
+
+    def backward(residuals, s):
+        first, request = residuals
+        if request is None:
+            answer = whole(first, s)
+        else:
+            answer = jax.lax.cond(
+                request, lambda: whole(first, s), lambda: first
+            )
+        return s, answer, None, None
+
+    identity.defvjp(forward, backward)
+    return identity(z, vector, first, None if request is True else request)
+
+
+def run_step(make_step, inner, optimizers, function, args, kwargs, once):
+    state = _State(optimizers, function, args, kwargs)
+    with keras.StatelessScope(state.mapping):
+        wanted = {id(one): one.measures_factors() for one in inner}
+        measures = [one.measures_anything() for one in inner]
+    is_static = any(one is True for one in measures)
+    measures = is_static or functools.reduce(jnp.logical_or, measures)
+    values = {id(variable): value for variable, value in state.mapping}
+
+    def run(mode):
+        with make_step(mode, wanted, values):
+            args, kwargs = state.with_probes()
+            return state.without_probes(function(*args, **kwargs))
+
+    if not isinstance(measures, jax.core.Tracer):
+        return run("measure" if measures else "plain")
+    if not once:
+        return run("ask")
+    try:
+        return jax.lax.cond(
+            measures, lambda: run("measure"), lambda: run("plain")
+        )
+    except TypeError as error:
+        if "cond" not in str(error):
+            raise
+        raise TypeError(
+            f"`{_name(function)}` must return the same structure of arrays, of "
+            "the same shapes and dtypes, on steps that measure Kronecker "
+            "factors and on those that don't: one condition is around it "
+            '(`keras_adafisher.set_decision_scope("layer")` has none). '
+            f"Received: {error}"
+        ) from error
+
+
+class _State:
+    """The arguments of a training step, with the values of variables in them.
+
+    Args:
+        optimizers: List of Keras optimizers that the step applies.
+        function: Callable, the step.
+        args: Tuple, its arguments.
+        kwargs: Dict, its keyword arguments.
+
+    Attributes:
+        mapping: List of pairs of an optimizer's variable and its value.
+    """
+
+    def __init__(self, optimizers, function, args, kwargs):
+        self._arguments = args, kwargs
+        self._lists = []
+        self.mapping = []
+        for optimizer in optimizers:
+            if not optimizer.built:
+                raise ValueError(
+                    f"Optimizer '{optimizer.name}' must be built before "
+                    f"`{_name(function)}` is called: "
+                    "`optimizer.build(model.trainable_variables)`"
+                )
+            # Keras has no public name for the variables that an optimizer is
+            # built with. The probes are behind the others.
+            trained = optimizer._trainable_variables
+            weights = [v for v in trained if not _is_probe(v)]
+            probes = [v for v in trained if _is_probe(v)]
+            values = self._find(optimizer.variables)
+            if values is None:
+                raise _not_found(
+                    function, "optimizer.variables", optimizer, args, kwargs
+                )
+            self.mapping += zip(optimizer.variables, values, strict=True)
+            if not probes:
+                continue
+            if self._find(weights) is None:
+                raise _not_found(
+                    function,
+                    "model.trainable_variables",
+                    optimizer,
+                    args,
+                    kwargs,
+                )
+            self._lists.append((_shapes(weights), _shapes(probes)))
+
+    def _find(self, variables):
+        """The first list or tuple of values of some variables, or `None`."""
+        shapes = _shapes(variables)
+        nodes = jax.tree.leaves(
+            self._arguments, is_leaf=lambda node: _fits(node, shapes)
+        )
+        return next((node for node in nodes if _fits(node, shapes)), None)
+
+    def with_probes(self):
+        """The arguments, with the probes' zeros behind weights' values."""
+        arguments = self._arguments
+        for weights, probes in self._lists:
+            zeros = [np.zeros(shape, "float32") for shape in probes]
+            arguments = _replace(
+                arguments,
+                weights,
+                lambda node, zeros=zeros: type(node)([*node, *zeros]),
+            )
+        return arguments
+
+    def without_probes(self, results):
+        """What the step returned, without probes behind weights' values."""
+        for weights, probes in self._lists:
+            count = len(weights)
+            results = _replace(
+                results,
+                weights + probes,
+                lambda node, count=count: node[:count],
+            )
+        return results
+
+
+def _is_probe(variable):
+    return getattr(variable, "adafisher_probe", None) is not None
+
+
+def _shapes(variables):
+    return [tuple(variable.shape) for variable in variables]
+
+
+def _fits(node, shapes):
+    """Whether a node of nested arguments is a list of values of some shapes."""
+    return (
+        isinstance(node, list | tuple)
+        and len(node) == len(shapes)
+        and all(hasattr(value, "shape") for value in node)
+        and [tuple(value.shape) for value in node] == shapes
+    )
+
+
+def _replace(tree, shapes, change):
+    def is_leaf(node):
+        return _fits(node, shapes)
+
+    return jax.tree.map(
+        lambda node: change(node) if is_leaf(node) else node,
+        tree,
+        is_leaf=is_leaf,
+    )
+
+
+def _name(function):
+    return getattr(function, "__name__", str(function))
+
+
+def _not_found(function, what, optimizer, args, kwargs):
+    lengths = [
+        len(node)
+        for node in jax.tree.leaves(
+            (args, kwargs), is_leaf=lambda node: _is_flat(node)
+        )
+        if _is_flat(node)
+    ]
+    return ValueError(
+        f"`{_name(function)}` must be called with the values of `{what}`, "
+        f"`[v.value for v in {what}]`, as a list or a tuple among its "
+        f"arguments. Received: none for optimizer '{optimizer.name}', and "
+        f"lists of {lengths} arrays"
+    )
+
+
+def _is_flat(node):
+    return isinstance(node, list | tuple) and all(
+        hasattr(value, "shape") for value in node
+    )
+
+
+def has_accelerator():
+    return jax.default_backend() != "cpu"
 
 
 def window_mean(*args):
@@ -81,6 +299,11 @@ def entry(vector, index):
     return part(vector, index, 1)[0]
 
 
+def take(x, indices):
+    # Keras' own makes floats of them if `floatx` is "bfloat16".
+    return x.at[indices].get(mode="promise_in_bounds")
+
+
 def sum_min_max(x, low, high):
     # One reduction, where three take three times as long to compile.
     zero, infinity = np.float32(0), np.float32(np.inf)
@@ -94,25 +317,6 @@ def sum_min_max(x, low, high):
         ),
         dimensions=(1,),
     )
-
-
-def layout_like(parameters, shape):
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return None
-    # For each axis what the parameters say of it.
-    found = [set() for _ in shape]
-    for parameter in parameters:
-        sharding = _sharding_of(parameter, distribution)
-        rank = len(parameter.shape)
-        # Trailing axes that aren't split may be left out.
-        names = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-        # From the last axis on.
-        for axis in range(1, min(rank, len(shape)) + 1):
-            has_axis = shape[-axis] == parameter.shape[-axis]
-            found[-axis].add(names[-axis] if has_axis else None)
-    axes = [names.pop() if len(names) == 1 else None for names in found]
-    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def whole_layout(parameter):

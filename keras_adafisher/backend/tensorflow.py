@@ -30,11 +30,38 @@ class Updater:
 
 
 def differentiate(compute_loss, data, probes, variables):
-    inputs = [[v.value for v in probe.inputs] for probe in probes]
+    inputs = [probe.variable.value for probe in probes]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
         loss = compute_loss(*data)
     return tape.gradient(loss, inputs)
+
+
+def tap(z, h, probe, request):
+    # In the backward pass: a graph is run as it is, layers keep their inputs
+    # for it, and another condition takes time to trace and to run.
+    def answer(s):
+        # A sparse tensor becomes a dense one only where it is measured.
+        dense = ops.convert_to_tensor(h, sparse=False)
+        return tf.concat(
+            [probe.measure_activations(dense), probe.measure_gradients(s)], 0
+        )
+
+    @tf.custom_gradient
+    def identity(z, vector):
+        def grad(s):
+            if request is True:
+                return s, answer(s)
+            # The probe itself is zero.
+            return s, tf.cond(request, lambda: answer(s), lambda: vector)
+
+        return tf.identity(z), grad
+
+    return identity(z, tf.convert_to_tensor(probe.variable.value))
+
+
+def has_accelerator():
+    return any(map(tf.config.list_logical_devices, ("GPU", "TPU")))
 
 
 def step_number(iterations):
@@ -46,12 +73,6 @@ def step_number(iterations):
 def in_replica():
     replica = tf.distribute.get_replica_context()
     return replica is not None and replica.num_replicas_in_sync > 1
-
-
-def measures_activations_early():
-    # A graph is run as it is: layers keep their inputs for the backward pass,
-    # and another `cond` takes time to trace and to run.
-    return False
 
 
 def sum_over_replicas(probes, answers, wanted):
@@ -108,7 +129,8 @@ def creation_scope(variable):
 
 
 def _strategy_of(variable):
-    return getattr(variable.value, "distribute_strategy", None)
+    value = variable if isinstance(variable, tf.Variable) else variable.value
+    return getattr(value, "distribute_strategy", None)
 
 
 def _wrong_scope(variable, other):
@@ -116,7 +138,7 @@ def _wrong_scope(variable, other):
         "A model and its optimizer must be created in the scope of the same "
         "`tf.distribute` strategy. Create both, and call `compile` or "
         "`keras_adafisher.wrap`, inside `with strategy.scope():`. "
-        f"Received: variable '{variable.path}' with "
+        f"Received: variable '{getattr(variable, 'path', variable.name)}' with "
         f"strategy={_strategy_of(variable)}, {other}"
     )
 

@@ -23,19 +23,25 @@ _PART_SIZE = {"cpu": 2**16}
 _OTHER_PART_SIZE = 2**24
 
 
-def make_inputs(parameter, add_variable, shapes):
-    return _make_inputs(parameter.value.device, shapes), []
+# What to do if no layer has reported anything.
+HOW_TO_MEASURE = (
+    "Compute the gradients by `loss.backward()`: `torch.autograd.grad` reaches "
+    "only the tensors that it is given."
+)
 
 
-def _make_inputs(device, shapes):
-    return [
-        torch.zeros(shape, device=device, requires_grad=True)
-        for shape in shapes.values()
-    ]
+def make_probe_tensor(size, parameter):
+    return torch.zeros(size, device=parameter.value.device, requires_grad=True)
 
 
-def gradients_of(probe, gradients):
-    return [tensor.grad for tensor in probe.inputs]
+def answer_of(probe, gradients):
+    return probe.tensor.grad
+
+
+def request_outside_of_steps(probe):
+    # A custom loop needs no decorator here.
+    optimizers = probe.optimizers
+    return not optimizers or any(o.measures_factors() for o in optimizers)
 
 
 def differentiate(compute_loss, data, probes, variables):
@@ -43,17 +49,11 @@ def differentiate(compute_loss, data, probes, variables):
         loss = compute_loss(*data)
     if not probes or not loss.requires_grad:
         # There are no taps, or none of them was reached.
-        return [[None for _ in probe.inputs] for probe in probes]
+        return [None for _ in probes]
     # Not `backward()`, which leaves gradients on the tensors. A forward pass
-    # may have moved the probes: these are their inputs now.
-    gradients = iter(
-        torch.autograd.grad(
-            loss,
-            [tensor for probe in probes for tensor in probe.inputs],
-            allow_unused=True,
-        )
-    )
-    return [[next(gradients) for _ in probe.inputs] for probe in probes]
+    # may have moved the probes: these are their tensors now.
+    tensors = [probe.tensor for probe in probes]
+    return torch.autograd.grad(loss, tensors, allow_unused=True)
 
 
 def keep_random_state():
@@ -61,24 +61,19 @@ def keep_random_state():
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
-def has_answers(probes):
-    return any(probe.inputs[0].grad is not None for probe in probes)
-
-
-def drop_stale_answer(probe):
+def _drop_stale_answer(probe):
     # Gradients add up until somebody clears them. `zero_grad()` doesn't know a
     # probe. But if it has cleared those of the parameters, for instance after
     # a step that was skipped, then what an earlier backward pass has left here
     # is outdated too.
-    if probe.inputs[0].grad is None:
+    if probe.tensor.grad is None:
         return
     if all(p.value.grad is None for p in probe.block.parameters):
-        _clear(probe)
+        probe.tensor.grad = None
 
 
-def open_tap(probe):
-    if not probe.listening:
-        return False
+def _open_tap(probe):
+    """Get a probe ready for a forward pass that measures."""
     # What probes measure is summed up in `sum_over_replicas`. No public name
     # tells which processes take part. Keep it if a checkpoint runs the layer
     # once more in the backward pass.
@@ -87,20 +82,14 @@ def open_tap(probe):
         probe.process_group = active.process_group
     # The parameters may have moved. They begin on the "meta" device if Keras
     # infers shapes when it builds the layer.
-    device = probe.block.parameters[0].value.device
-    if probe.inputs[0].device != device:
-        probe.inputs = _make_inputs(device, probe.shapes)
-    return torch.is_grad_enabled()
+    parameter = probe.block.parameters[0]
+    if probe.tensor.device != parameter.value.device:
+        probe.tensor = make_probe_tensor(probe.size, parameter)
 
 
-def close_tap(probe):
+def clear_answer(probe):
     probe.process_group = None
-    _clear(probe)
-
-
-def _clear(probe):
-    for tensor in probe.inputs:
-        tensor.grad = None
+    probe.tensor.grad = None
 
 
 def sum_over_replicas(probes, answers, wanted):
@@ -108,22 +97,16 @@ def sum_over_replicas(probes, answers, wanted):
     if group is None:
         return answers
     # One transfer for all.
-    tensors = [tensor for answer in answers for tensor in answer]
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    sizes = [probe.size for probe in probes]
+    flat = torch.cat(answers)
     torch.distributed.all_reduce(flat, group=group)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    sums = iter(
-        part.view(tensor.shape)
-        for part, tensor in zip(parts, tensors, strict=True)
-    )
     # The loss of a process is the mean over its own part of the batch, and
     # `DistributedDataParallel` averages the gradients. So `s` is larger than
     # that of the whole batch by the number of processes.
     scale = torch.distributed.get_world_size(group) ** 2
-    return [
-        (calls, activation, gradient / scale)
-        for calls, activation, gradient in zip(sums, sums, sums, strict=True)
-    ]
+    for probe, answer in zip(probes, flat.split(sizes), strict=True):
+        answer[sum(probe.sizes[:2]) :] /= scale
+    return list(flat.split(sizes))
 
 
 def constant(values, dtype):
@@ -157,41 +140,30 @@ def cond(pred, true_fn, false_fn):
     return true_fn() if pred else false_fn()
 
 
-def tap(z, h, probe, default):
-    if z.is_meta:
-        # Keras infers shapes. There is nothing to measure.
+def tap(z, h, probe, request):
+    # On the "meta" device, Keras infers shapes. There is nothing to measure.
+    if z.is_meta or not torch.is_grad_enabled():
         return z
-    # `torch.compile` doesn't trace a function that is handed a probe.
-    if torch.compiler.is_compiling():
-        return default(z, h, probe)
+    _open_tap(probe)
     with torch.no_grad():
-        activation = probe.block.activation_statistic(ops.convert_to_tensor(h))
-    return _Tap.apply(z, probe, activation, *probe.inputs)
+        first = probe.measure_activations(ops.convert_to_tensor(h))
+    return _Tap.apply(z, probe.tensor, first, probe)
 
 
 class _Tap(torch.autograd.Function):
-    """The tap without what `ops.custom_gradient` and `ops.cond` make a call.
-
-    It is there only if its answer is wanted.
-    """
+    """An identity in whose backward pass a probe answers."""
 
     @staticmethod
-    def forward(ctx, z, probe, activation, *inputs):
+    def forward(ctx, z, tensor, first, probe):
         ctx.probe = probe
-        ctx.activation = activation
+        ctx.first = first
         return z
 
     @staticmethod
     def backward(ctx, s):
-        drop_stale_answer(ctx.probe)
-        gradient = ctx.probe.block.gradient_statistic(s)
-        calls = torch.ones((), device=gradient.device)
-        return s, None, None, calls, ctx.activation, gradient
-
-
-def write_requests(probes, mask, wanted, bit, assign):
-    for probe in probes:
-        probe.listening = probe.listening & mask | (bit if wanted else 0)
+        _drop_stale_answer(ctx.probe)
+        second = ctx.probe.measure_gradients(s)
+        return s, torch.cat([ctx.first, second]), None, None
 
 
 def step_number(iterations):

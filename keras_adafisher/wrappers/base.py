@@ -6,8 +6,6 @@ import numbers
 import keras
 import numpy as np
 
-from keras_adafisher import backend
-from keras_adafisher.probe import ask
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import tap
@@ -23,9 +21,10 @@ _ATTRIBUTE = "__adafisher__"
 class LayerWrapper(keras.layers.Layer):
     """Measures the Kronecker factors of one layer while it trains.
 
-    A wrapper is a sub-layer of the layer that it wraps, its *host*. It owns
-    the probes, and its `call` runs in place of the host's. The host stays the
-    same object with the same weights, config and saved files.
+    A wrapper belongs to the layer that it wraps, its *host*, without being one
+    of its sub-layers. It owns the probes, and its `call` runs in place of the
+    host's. The host stays the same object with the same variables, config and
+    saved files.
 
     A subclass says for one layer class what is factored and where it is
     measured. For a layer that computes `tanh(h W)`:
@@ -74,7 +73,7 @@ class LayerWrapper(keras.layers.Layer):
                 "`build()` or call it on a batch of data first, or let "
                 f"`keras_adafisher.wrap` wait for it. Received: host={host}"
             )
-        super().__init__(name="adafisher", trainable=host.trainable)
+        super().__init__(name="adafisher")
         # Past Keras' tracking: the host owns the wrapper, not the reverse.
         self.__dict__["host"] = host
         self._all_blocks = self._checked_blocks()
@@ -98,13 +97,17 @@ class LayerWrapper(keras.layers.Layer):
         return list(blocks)
 
     def build(self):
-        for index, block in enumerate(self._all_blocks):
-            probe = None
-            if block.parameters:
-                with backend.creation_scope(block.parameters[0]):
-                    probe = Probe(block, self, index)
-                self.probes.append(probe)
-            self._taps.append(probe)
+        # Where an `OptimizerMap` finds the probes by the pattern that it has
+        # for the host's weights.
+        path = self.host.path or self.host.name
+        with keras.name_scope(self.name, caller=self, override_parent=path):
+            for index, block in enumerate(self._all_blocks):
+                probe = None
+                if block.parameters:
+                    suffix = f"_{index}" if index else ""
+                    probe = Probe(block, self.host, f"probe{suffix}")
+                    self.probes.append(probe)
+                self._taps.append(probe)
 
     def measure(self, blocks):
         """Measure other blocks than those that the layer's update needs.
@@ -116,39 +119,6 @@ class LayerWrapper(keras.layers.Layer):
         """
         self._all_blocks = blocks
         self.blocks = [block for block in blocks if block.parameters]
-
-    @property
-    def full_name(self):
-        """A name that no other wrapper in the model has: the host's path."""
-        return f"{self._host_path}_{self.name}".replace("/", "_")
-
-    @property
-    def _host_path(self):
-        return self.host.path or self.host.name
-
-    def add_weight(self, *args, layout=None, **kwargs):
-        """Add a weight variable to the layer.
-
-        Args:
-            *args: See `keras.layers.Layer.add_weight`.
-            layout: See `keras.Variable`. `None`: what the current
-                distribution gives to a variable of this path.
-            **kwargs: See `keras.layers.Layer.add_weight`.
-        """
-        if layout is None:
-            return super().add_weight(*args, **kwargs)
-        # Keras' `add_weight` has no such argument. With none, it would look
-        # for the path in the user's `LayoutMap`, where a pattern that is meant
-        # for the layer's own weights may match it too.
-        overwrite = kwargs.pop("overwrite_with_gradient", False)
-        with keras.name_scope(self.name, caller=self):
-            variable = keras.Variable(*args, layout=layout, **kwargs)
-        variable.overwrite_with_gradient = overwrite
-        # An attribute is tracked.
-        setattr(self, f"weight_{variable.name}", variable)
-        if not self.trainable:
-            variable.trainable = False
-        return variable
 
     def make_blocks(self):
         """The Kronecker-factored blocks of the host.
@@ -193,10 +163,7 @@ class LayerWrapper(keras.layers.Layer):
                 f"`{self.__class__.__name__}.make_blocks()` returned, which "
                 f"has {len(self._taps)} blocks. Received: block={block}"
             ) from None
-        # A frozen layer has no optimizer that would turn its requests off.
-        if probe is None or not self.trainable:
-            return z
-        return tap(z, h, probe)
+        return z if probe is None else tap(z, h, probe)
 
     def host_call(self, *args, **kwargs):
         """What the host's class computes."""
@@ -229,26 +196,11 @@ class LayerWrapper(keras.layers.Layer):
         """Apply the host's `activation`."""
         return z if self.host.activation is None else self.host.activation(z)
 
-    @property
-    def weights(self):
-        # Probes aren't part of the model: `get_weights`, `set_weights` and
-        # `count_params` don't know them. `variables` and
-        # `trainable_variables` do, since they have to be differentiated.
-        return []
-
-    def measure_next_step(self):
-        """Ask the probes for an answer."""
-        ask(self.probes, True, lambda variable, value: variable.assign(value))
-
     def has_the_blocks_of(self, other):
         """Whether another wrapper, or `None`, factors the same parameters."""
         if other is None:
             return False
         return _parameter_ids(self) == _parameter_ids(other)
-
-    def quantize(self, *args, **kwargs):
-        # `Model.quantize` asks every layer. The host quantizes itself.
-        pass
 
     def attach(self):
         """Take the place of the host's `call`."""
@@ -268,30 +220,14 @@ class LayerWrapper(keras.layers.Layer):
             return cls.rematerialized_call(host, fresh, *args, **kwargs)
 
         if not self.built:
-            # Where an `OptimizerMap` finds the probes by the pattern that it
-            # has for the host's weights.
-            with keras.name_scope(
-                self.name, caller=self, override_parent=self._host_path
-            ):
-                self.build()
-        # A built layer takes no further state, as a rule. Keras' own
-        # `enable_lora()` makes its exception in the same way.
-        locked = host._tracker.locked
-        host._tracker.unlock()
-        setattr(host, _ATTRIBUTE, self)
-        if locked:
-            host._tracker.lock()
+            self.build()
+            self.built = True
+        # Past Keras' tracking, which would make it a sub-layer.
+        vars(host)[_ATTRIBUTE] = self
         for probe in self.probes:
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
-
-        def flatten_layers(*args, **kwargs):
-            layers = type(host)._flatten_layers(host, *args, **kwargs)
-            return (layer for layer in layers if layer is not self)
-
-        # `Model.quantize` passes over a layer that has sub-layers.
-        host._flatten_layers = flatten_layers
 
     def detach(self):
         """Give the host its own `call` back and leave it."""
@@ -300,9 +236,7 @@ class LayerWrapper(keras.layers.Layer):
             unmark_parameters(probe)
         del host.call
         del host.rematerialized_call
-        del host._flatten_layers
-        host._tracker.untrack(self)
-        delattr(host, _ATTRIBUTE)
+        del vars(host)[_ATTRIBUTE]
 
 
 class OutputWrapper(LayerWrapper):
@@ -328,7 +262,7 @@ class ActivationWrapper(LayerWrapper):
 
 def wrapper_of(layer):
     """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
-    return getattr(layer, _ATTRIBUTE, None)
+    return vars(layer).get(_ATTRIBUTE)
 
 
 def _parameter_ids(wrapper):

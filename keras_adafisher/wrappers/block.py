@@ -72,11 +72,6 @@ class Block:
         """
         return type(self).fisher_of_weight is Block.fisher_of_weight
 
-    @property
-    def gradient_statistic_shape(self):
-        """Shape of what `gradient_statistic` returns."""
-        return self.gradient_shape
-
     def activation_statistic(self, h):
         """Mean of `h²` over batch and positions, per input coordinate.
 
@@ -97,7 +92,8 @@ class Block:
             s: The gradient of the loss at the map's output.
 
         Returns:
-            Float32 tensor of shape `gradient_statistic_shape`.
+            Float32 tensor of shape `gradient_shape` or, with an override of
+            `split_gradient`, of any shape that this takes.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `gradient_statistic()`."
@@ -107,7 +103,7 @@ class Block:
         """Get `S`, and the bias' own `S`, from what was measured.
 
         Args:
-            statistic: Tensor of shape `gradient_statistic_shape`.
+            statistic: What `gradient_statistic` returned.
 
         Returns:
             A tensor of shape `gradient_shape`, and one of shape

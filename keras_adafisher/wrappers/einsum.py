@@ -80,12 +80,7 @@ class EinsumBlock(Block):
                 sizes.setdefault(label, size)
             if self.bias_labels != self.s_labels:
                 self.bias_gradient_shape = self.bias_shape
-        self.measured_sizes = _sizes(self.measured_labels, sizes)
         self.s_sizes = _sizes(self.kernel_s_labels, sizes)
-
-    @property
-    def gradient_statistic_shape(self):
-        return self.measured_sizes
 
     def activation_statistic(self, h):
         if self.reduction is not None:

@@ -1,0 +1,167 @@
+"""All that is changed on classes of Keras, and why.
+
+- `compile` wraps the model if its optimizer is an AdaFisher, and unwraps it
+  if an earlier `compile` wrapped it and the optimizer is another one. Layers
+  that it shares with another model that an AdaFisher trains stay wrapped.
+- `Model.make_train_function` makes a training step (`steps.py`) of the model's
+  `train_step` if it trains with an AdaFisher, and builds the optimizer before
+  the step is traced.
+- `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
+  while a training step runs. Keras' trainers, and `train_step`s of one's own,
+  take what they differentiate from there.
+- `LossScaleOptimizer.build` and `MultiOptimizer.build` hand the probes on to
+  the AdaFishers inside, and tell these by what the loss is scaled.
+
+Whoever has no AdaFisher notices none of it.
+"""
+
+import functools
+import weakref
+
+import keras
+
+from keras_adafisher.custom_loops import adafishers
+from keras_adafisher.custom_loops import run_step
+from keras_adafisher.probe import probes_of
+from keras_adafisher.probe import with_probes
+from keras_adafisher.steps import current
+from keras_adafisher.wrap import layers_in
+from keras_adafisher.wrap import unwrap_all_but
+from keras_adafisher.wrap import wrap
+
+# The models that `compile` has wrapped.
+_wrapped = weakref.WeakSet()
+
+
+def install():
+    """Change Keras' classes. Once is enough."""
+    # The class that defines `compile`, not `keras.Model`: for Keras, a model
+    # with a `compile` other than that one has an override of its user's, and
+    # `load_model` then doesn't compile it.
+    owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+    if hasattr(owner.compile, "without_adafisher"):
+        return
+    owner.compile = _hooked_compile(owner.compile)
+    keras.Model.make_train_function = _hooked_make_train_function(
+        keras.Model.make_train_function
+    )
+    for name in ("trainable_variables", "trainable_weights"):
+        hooked = _hooked_list(getattr(keras.layers.Layer, name))
+        setattr(keras.layers.Layer, name, hooked)
+    for optimizer_class in (
+        keras.optimizers.LossScaleOptimizer,
+        keras.optimizers.MultiOptimizer,
+    ):
+        optimizer_class.build = _hooked_build(optimizer_class.build)
+
+
+def _hooked_compile(compile):
+    @functools.wraps(compile)
+    def compile_and_wrap(self, optimizer="rmsprop", *args, **kwargs):
+        optimizer = keras.optimizers.get(optimizer)
+        previous = getattr(self, "optimizer", None)
+        if previous is not optimizer:
+            for adafisher in adafishers(previous):
+                adafisher.leave(probes_of(self.trainable_variables))
+        if any(adafishers(optimizer)):
+            _check_mode()
+            wrap(self)
+            _wrapped.add(self)
+        elif self in _wrapped:
+            _wrapped.remove(self)
+            shared = [
+                layer
+                for model in _wrapped
+                for layer in layers_in("unwrap", model)
+            ]
+            unwrap_all_but(shared, self)
+        return compile(self, optimizer, *args, **kwargs)
+
+    compile_and_wrap.without_adafisher = compile
+    return compile_and_wrap
+
+
+def _check_mode():
+    if keras.config.is_nnx_enabled():
+        raise ValueError(
+            "AdaFisher doesn't train in Keras' NNX mode, where `train_step` "
+            "takes no state. Call `keras.config.set_nnx_enabled(False)`, or "
+            "unset `KERAS_NNX_ENABLED`, and build the model after it."
+        )
+
+
+def _hooked_make_train_function(make_train_function):
+    @functools.wraps(make_train_function)
+    def make_of_training_step(self, *args, **kwargs):
+        optimizers = _optimizers_of(self)
+        if not any(adafishers(*optimizers)):
+            return make_train_function(self, *args, **kwargs)
+        # TensorFlow's trainer builds the optimizer while it traces the step,
+        # and a `tf.function` that has made variables is traced once more.
+        optimizer = getattr(self, "optimizer", None)
+        if any(adafishers(optimizer)) and not optimizer.built:
+            layers = layers_in("make_train_function", self)
+            if all(layer.built for layer in layers):
+                optimizer.build(self.trainable_variables)
+        if keras.backend.backend() == "torch":
+            return make_train_function(self, *args, **kwargs)
+        train_step = self.train_step
+
+        @functools.wraps(train_step)
+        def step(*args):
+            return run_step(train_step, optimizers, args)
+
+        # Keras' trainers read the method once, here.
+        replaced = vars(self).get("train_step")
+        vars(self)["train_step"] = step
+        try:
+            return make_train_function(self, *args, **kwargs)
+        finally:
+            if replaced is None:
+                del vars(self)["train_step"]
+            else:
+                vars(self)["train_step"] = replaced
+
+    return make_of_training_step
+
+
+def _optimizers_of(model):
+    """The optimizers that a model's `train_step` may apply.
+
+    A model with several, a GAN for instance, has them as attributes. On JAX,
+    where state is passed along, there is one whose state Keras' trainer passes.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if keras.backend.backend() == "jax":
+        return [] if optimizer is None else [optimizer]
+    values = [optimizer, *vars(model).values()]
+    found = {
+        id(value): value
+        for value in values
+        if isinstance(value, keras.optimizers.Optimizer)
+    }
+    return list(found.values())
+
+
+def _hooked_list(variables):
+    @functools.wraps(variables.fget)
+    def and_probes(self):
+        found = variables.fget(self)
+        return found if current() is None else with_probes(found)
+
+    return property(and_probes)
+
+
+def _hooked_build(build):
+    @functools.wraps(build)
+    def build_with_probes(self, var_list):
+        # A `MultiOptimizer` may choose its optimizers as it is built.
+        chooses = hasattr(self, "optimizers") and not self.optimizers
+        if chooses or any(adafishers(self)):
+            var_list = with_probes(var_list)
+        build(self, var_list)
+        if hasattr(self, "dynamic_scale"):
+            for adafisher in adafishers(self):
+                adafisher.set_loss_scale(self.dynamic_scale)
+
+    return build_with_probes

@@ -1,0 +1,114 @@
+"""Training steps: where layers have taps, and lists have probes.
+
+While a step runs, and only then, the `trainable_variables` of layers and models
+end with the probes (`probe.py`), because what is differentiated and what the
+optimizer gets is taken from there. `fit` and `train_on_batch` make a step of a
+model's `train_step` (`hooks.py`), a custom loop decorates its function with
+`training_step` (`custom_loops.py`). On PyTorch, probes are in no list, and
+nothing has to be done.
+"""
+
+import threading
+
+from keras import ops
+
+from keras_adafisher import backend
+
+# Replicas of TensorFlow run in threads of one process, each with its own step.
+_running = threading.local()
+
+
+class Step:
+    """A training step that is under way.
+
+    Args:
+        optimizers: List of the AdaFishers that may be applied in it.
+        mode: "ask", where each tap looks whether its answer is wanted,
+            "measure", where all answers are wanted, or "plain", where none is
+            and there are no taps.
+        wanted: Dict from the id of an optimizer to a boolean tensor, whether
+            its factors are measured in this step. Given where state is passed
+            along, and an optimizer's own counter doesn't count: on JAX.
+        state: Dict from the id of a variable of an optimizer to its value at
+            the beginning of the step, where state is passed along.
+
+    Attributes:
+        answering: Set of the ids of the probes that a tap of this step asks.
+    """
+
+    def __init__(self, optimizers, mode="ask", wanted=None, state=None):
+        self.optimizers = list(optimizers)
+        self.mode = mode
+        self._wanted = wanted
+        self._state = state or {}
+        self.answering = set()
+
+    def __enter__(self):
+        self._outer = current()
+        _running.step = self
+        return self
+
+    def __exit__(self, *error):
+        _running.step = self._outer
+
+    def request_of(self, probe):
+        """Whether an answer is wanted: a bool or a boolean tensor."""
+        if self.mode == "plain":
+            return False
+        wanted = self._is_wanted(probe)
+        if wanted is not False:
+            self.answering.add(id(probe))
+            if self.mode == "measure":
+                return True
+        return wanted
+
+    def value_of(self, variable):
+        """A variable's value at the beginning of the step."""
+        value = self._state.get(id(variable))
+        return ops.convert_to_tensor(variable) if value is None else value
+
+    def _is_wanted(self, probe):
+        found = []
+        for optimizer in self.optimizers:
+            if not optimizer.built:
+                # It will be, in this step.
+                return True
+            if optimizer in probe.optimizers:
+                found.append(self._is_measuring(optimizer))
+        if any(wanted is True for wanted in found) or not self.optimizers:
+            return True
+        found = [wanted for wanted in found if wanted is not False]
+        if not found:
+            return False
+        first, *others = found
+        for other in others:
+            first = ops.logical_or(first, other)
+        return first
+
+    def _is_measuring(self, optimizer):
+        if self._wanted is None:
+            return optimizer.measures_factors()
+        return self._wanted[id(optimizer)]
+
+
+def current():
+    """The `Step` that this thread runs, or `None`."""
+    return getattr(_running, "step", None)
+
+
+def mode():
+    """The mode of the `Step` that this thread runs: "ask" if there is none."""
+    step = current()
+    return "ask" if step is None else step.mode
+
+
+def request_of(probe):
+    """Whether the answer of a probe is wanted: a bool or a boolean tensor."""
+    step = current()
+    # What is measured for no optimizer is measured for `analysis`.
+    is_for_training = step is None or step.optimizers
+    if is_for_training and not probe.host.trainable:
+        return False
+    if step is None:
+        return backend.request_outside_of_steps(probe)
+    return step.request_of(probe)
