@@ -27,7 +27,7 @@ from models import make_task
 from models import names
 
 import keras_adafisher
-from keras_adafisher.probe import probes_at
+from keras_adafisher.probe import probes_of
 
 MEASURING = "AdaFisher, every step"
 # TensorFlow runs independent operations in no fixed order.
@@ -56,7 +56,7 @@ def state(make_model):
         optimizer.build(model.trainable_variables)
         result[name] = nbytes(optimizer.variables)
     # By identity: kernel and bias have the same.
-    probes = {id(p): p for v in model.trainable_variables for p in probes_at(v)}
+    probes = probes_of(model.trainable_variables)
     probe_bytes = sum(
         4 * math.prod(shape)
         for probe in probes.values()

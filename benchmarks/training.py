@@ -153,6 +153,7 @@ class Trainer:
             )
             return self.task.loss(y, outputs), other
 
+        @keras_adafisher.training_step(self.optimizer)
         def step(state, now):
             rate, rows = now
             trainable, other, optimizer = state

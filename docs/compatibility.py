@@ -89,7 +89,7 @@ FEATURES = {
         "numbered names": "test_like_a_builtin::test_names_are_numbered",
         "two on shared layers": "test_sharing::"
         "test_each_of_two_optimizers_measures_as_if_it_were_alone",
-        "compiling with another one and back": "test_compile_hook::"
+        "compiling with another one and back": "test_hooks::"
         "test_compiling_with_another_optimizer_unwraps_and_back",
     },
     "Saving": {

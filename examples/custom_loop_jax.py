@@ -45,6 +45,7 @@ def main():
     gradient_fn = jax.value_and_grad(loss_and_updates, has_aux=True)
 
     @jax.jit
+    @keras_adafisher.training_step(optimizer)  # AdaFisher
     def train_step(state, x, y):
         trainable, non_trainable, optimizer_variables = state
         (loss, non_trainable), gradients = gradient_fn(
@@ -56,7 +57,6 @@ def main():
         return loss, (trainable, non_trainable, optimizer_variables)
 
     variables = (
-        # Not only the `weights`: what AdaFisher measures is among these.
         model.trainable_variables,
         model.non_trainable_variables,
         optimizer.variables,

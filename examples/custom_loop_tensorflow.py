@@ -38,10 +38,10 @@ def main():
     optimizer.build(model.trainable_variables)
 
     @tf.function
+    @keras_adafisher.training_step(optimizer)  # AdaFisher
     def train_step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_fn(y, model(x, training=True))
-        # Not only the `weights`: what AdaFisher measures is among these.
         variables = model.trainable_variables
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss

@@ -115,9 +115,10 @@ def training_step(*optimizers):
     it is.
 
     Args:
-        *optimizers: The optimizers that the function applies, one at least: an
-            `AdaFisher`, a `keras.optimizers.LossScaleOptimizer` or
-            `MultiOptimizer` with one in it, or any other beside it.
+        *optimizers: The optimizers that the function applies, one at least:
+            `AdaFisher`s, `keras.optimizers.LossScaleOptimizer`s and
+            `MultiOptimizer`s with one in them, or others, for which the
+            function is what it was.
 
     Returns:
         The decorator.
@@ -126,10 +127,9 @@ def training_step(*optimizers):
         TypeError: There is no optimizer, or something else. On JAX, when the
             function is called: with "step" for `decision_scope()`, what it
             returns on steps that measure isn't like what it returns on others.
-        ValueError: None of the optimizers is or has an AdaFisher. On JAX, when
-            the function is called: an optimizer isn't built, or the values of
-            its variables, or of those that it trains, aren't among the
-            arguments.
+        ValueError: On JAX, when the function is called: an optimizer isn't
+            built, or the values of its variables, or of those that it trains,
+            aren't among the arguments.
     """
     for optimizer in optimizers or [None]:
         if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -142,11 +142,6 @@ def training_step(*optimizers):
     def decorate(function):
         @functools.wraps(function)
         def step(*args, **kwargs):
-            if not any(adafishers(*optimizers)):
-                raise ValueError(
-                    "One of the optimizers that `training_step` takes must be "
-                    f"or have an AdaFisher. Received: {optimizers}"
-                )
             return run_step(function, optimizers, args, kwargs)
 
         return step
@@ -168,11 +163,14 @@ def run_step(function, optimizers, args=(), kwargs=None):
     Returns:
         What the function returns.
     """
+    optimizers = [one for one in optimizers if any(adafishers(one))]
+    if not optimizers:
+        return function(*args, **(kwargs or {}))
     inner = list(adafishers(*optimizers))
     return backend.run_step(
         functools.partial(Step, inner),
         inner,
-        list(optimizers),
+        optimizers,
         function,
         args,
         kwargs or {},

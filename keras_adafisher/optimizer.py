@@ -585,14 +585,19 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
     def effective_learning_rate(self, variable):
         """What each entry of a parameter's momentum is multiplied by.
 
+        The momentum is meant without the bias of its start at zero. What comes
+        out for an entry is how far it moves, with `rms_decay` by at most the
+        learning rate.
+
         Args:
             variable: A variable that the optimizer was built with.
 
         Returns:
             Float32 tensor of the variable's shape: the learning rate divided
             by `fisher_diagonal(variable)` and, with `rms_decay`, by the root
-            mean square of the preconditioned gradients, which is 0 before
-            the first update.
+            mean square of the preconditioned gradients. Before the first
+            update there is none, and the learning rate is divided by
+            `fisher_diagonal(variable)` only.
 
         Raises:
             ValueError: As `fisher_diagonal`.
@@ -602,7 +607,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             last = ops.maximum(self.iterations - 1, 0)
             roots = self._mean_squares.roots(last, self.adam_epsilon)
             root = self._mean_squares.of(roots, self._index_of(variable))
-            denominator = denominator * root
+            denominator = denominator * ops.where(self.iterations > 0, root, 1)
         return ops.cast(self.learning_rate, "float32") / denominator
 
     def measures_factors(self):

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from benchmarks.published import PUBLISHED
-from keras_adafisher.probe import probes_at
+from keras_adafisher.probe import probes_of
 
 # The rule alone, whatever the settings: `theta -= learning_rate * m / F`.
 PLAIN = {
@@ -62,8 +62,7 @@ def cross_entropy():
 
 def probes_in(layer):
     """The probes of what trains in a layer and in all layers inside it."""
-    probes = {id(p): p for v in layer.trainable_variables for p in probes_at(v)}
-    return list(probes.values())
+    return probes_of(layer.trainable_variables)
 
 
 def to_numpy(tensor):

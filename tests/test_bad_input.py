@@ -355,15 +355,6 @@ def test_gradients_and_values_that_do_not_fit(optimizer):
     assert_same(after, before)
 
 
-def test_requests_that_are_no_bools(optimizer):
-    for wrong in (None, 1, 0.0, "yes", [True], np.ones(()), np.ones(3)):
-        with pytest.raises(TypeError) as error:
-            optimizer.ask(wrong)
-        assert "Argument `wanted` of `ask` must be a bool" in str(error.value)
-    for right in (False, True, np.bool_(True), keras.ops.ones((), "bool")):
-        optimizer.ask(right)
-
-
 def test_variables_to_build_with():
     model = mlp()
     keras_adafisher.wrap(model)

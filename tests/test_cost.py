@@ -342,7 +342,7 @@ def test_requests_outside_of_a_step_compile_nothing():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     keras_adafisher.wrap(model)
-    optimizer.ask(False)
+    keras_adafisher.unwrap(model)
     assert not compiled
     # It does listen.
     jax.jit(lambda x: x + 3)(np.ones(3)).block_until_ready()

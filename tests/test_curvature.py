@@ -11,6 +11,7 @@ from models import to_numpy
 
 import keras_adafisher
 from keras_adafisher.curvature import Factors
+from keras_adafisher.probe import Probe
 from keras_adafisher.wrappers import Block
 
 GAMMA_1, GAMMA_2 = 0.3, 0.2
@@ -31,22 +32,13 @@ class OwnBiasMap(Map):
     """The gradient at the bias has a shape of its own."""
 
     bias_gradient_shape = (2,)
-    gradient_statistic_shape = (5,)
 
     def split_gradient(self, statistic):
         return statistic[:3], statistic[3:]
 
 
 def probe(block):
-    shapes = (), block.activation_shape, block.gradient_statistic_shape
-    return types.SimpleNamespace(
-        block=block,
-        is_tapped=True,
-        inputs=[None] * 3,
-        shapes=dict(
-            zip(("request", "activation", "gradient"), shapes, strict=True)
-        ),
-    )
+    return Probe(block, host=types.SimpleNamespace(trainable=True))
 
 
 def make(blocks, normalization="min_max", accumulates=False):
@@ -75,28 +67,49 @@ def measure(factors, rng, calls, scale=1.0):
     """Answers of all probes, and the means that they are the sums of."""
     answers, means = {}, []
     for curvature, count in zip(factors.curvatures, calls, strict=True):
-        _, *shapes = curvature.probe.shapes.values()
+        _, inputs, *outputs = curvature.probe.sizes
         means.append(
-            [rng.gamma(2.0, size=shape) * (count > 0) for shape in shapes]
+            [
+                rng.gamma(2.0, size=size) * (count > 0)
+                for size in (inputs, sum(outputs))
+            ]
         )
-        sums = count, count * means[-1][0], count * scale**2 * means[-1][1]
-        answers[id(curvature.probe)] = [
-            ops.convert_to_tensor(np.asarray(x, "float32")) for x in sums
-        ]
+        h, s = means[-1]
+        answers[id(curvature.probe)] = answer(
+            count, count * h, count * scale**2 * s
+        )
     return answers, means
+
+
+def answer(*parts):
+    """What a probe's gradient is: see `probe.py`."""
+    parts = [np.ravel(part) for part in parts]
+    vector = 2.0**-40 * np.concatenate(parts)
+    return ops.convert_to_tensor(vector.astype("float32"))
 
 
 def take_in(factors, answers, scale=1.0, epsilon=0.0):
     """Set the factors to what `taken_in` returns."""
-    total = factors.join(answers)
-    factors.vector.assign(
-        factors.taken_in(total, scale, epsilon, GAMMA_1, GAMMA_2)
+    assign(
+        factors,
+        factors.taken_in(
+            factors.join(answers), scale, epsilon, GAMMA_1, GAMMA_2
+        ),
     )
+
+
+def assign(factors, values):
+    for variable, value in zip(factors.variables[:2], values, strict=True):
+        variable.assign(value)
 
 
 def state(factors):
     return [
-        {name: to_numpy(curvature.factor(name)) for name in curvature.places}
+        {
+            name: to_numpy(curvature.factor(name))
+            for name in curvature.places
+            if name != "one" or curvature.block.bias is not None
+        }
         for curvature in factors.curvatures
     ]
 
@@ -181,13 +194,11 @@ def test_each_block_is_normalized_on_its_own(
 def test_the_entry_of_the_bias_takes_part(values, new, new_one, copies):
     factors = make([Map((2,), (1,)) for _ in range(copies)])
     answers = {
-        id(curvature.probe): list(
-            map(ops.convert_to_tensor, (1.0, values, [1.0]))
-        )
+        id(curvature.probe): answer(1.0, values, 1.0)
         for curvature in factors.curvatures
     }
     total = factors.join(answers)
-    factors.vector.assign(factors.taken_in(total, 1.0, 0.0, 0.0, 1.0))
+    assign(factors, factors.taken_in(total, 1.0, 0.0, 0.0, 1.0))
     before = make([Map((2,), (1,)) for _ in range(copies)])
     for old, curvature in zip(
         before.curvatures, factors.curvatures, strict=True
@@ -203,17 +214,15 @@ def test_the_entry_of_the_bias_takes_part(values, new, new_one, copies):
 
 
 @pytest.mark.parametrize("normalization", ["mean", "min_max"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e-3])
 def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad, normalization):
     blocks = [Map((3,), (5,)) for _ in range(3)]
     factors = make(blocks, normalization)
     before = state(factors)
     answers, means = measure(factors, rng, [1, 1, 1])
     # One entry of the second block's second vector.
-    broken = answers[id(factors.curvatures[1].probe)]
-    broken[2] = ops.convert_to_tensor(
-        np.array([1.0, 2.0, bad, 3.0, 4.0], "float32")
-    )
+    broken = [1.0, 2.0, bad, 3.0, 4.0]
+    answers[id(factors.curvatures[1].probe)] = answer(1, means[1][0], broken)
     take_in(factors, answers)
     wanted = [
         expected(old, block, mean, normalization)
@@ -221,6 +230,8 @@ def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad, normalization):
     ]
     wanted[1] = before[1]
     assert_state(factors, wanted)
+    # What was taken in, and what was dropped.
+    np.testing.assert_array_equal(to_numpy(factors.records), [1, 0, 1, 0, 1, 0])
 
 
 def test_unused_blocks_keep_their_factors(rng):
@@ -257,7 +268,7 @@ def test_answers_add_up_until_the_last_one(rng):
     )
     total, rest = factors.add(first, False)
     np.testing.assert_array_equal(to_numpy(total), to_numpy(first))
-    factors.variables[1].assign(rest)
+    factors.variables[2].assign(rest)
     total, rest = factors.add(second, True)
     np.testing.assert_allclose(
         to_numpy(total), to_numpy(first) + to_numpy(second), rtol=1e-6
@@ -276,9 +287,7 @@ def test_an_estimate_changes_the_factors_of_its_block_only(rng):
 
     def take_in(gradient):
         estimates = factors.join_estimates({id(curvature): gradient})
-        factors.vector.assign(
-            factors.taken_in(estimates, 1.0, 0.0, GAMMA_1, GAMMA_2)
-        )
+        assign(factors, factors.taken_in(estimates, 1.0, 0.0, GAMMA_1, GAMMA_2))
 
     take_in(gradient)
     after = expected(before[1], blocks[1], (h**2, s**2), "mean")

@@ -31,6 +31,7 @@ def with_gradient_tape(model, optimizer, loss_fn):
     import tensorflow as tf
 
     @tf.function
+    @keras_adafisher.training_step(optimizer)
     def step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_fn(y, model(x, training=True))
@@ -53,6 +54,7 @@ def with_stateless_calls(model, optimizer, loss_fn):
     gradient_fn = jax.value_and_grad(loss_and_updates, has_aux=True)
 
     @jax.jit
+    @keras_adafisher.training_step(optimizer)
     def step(state, x, y):
         trainable, non_trainable, optimizer_variables = state
         (_, non_trainable), gradients = gradient_fn(

@@ -386,6 +386,7 @@ def custom_loop(wraps_inside, builds_before, is_traced):
         with strategy.scope():
             model.optimizer.build(model.trainable_variables)
 
+    @keras_adafisher.training_step(model.optimizer)
     def replica_step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_fn(y, model(x, training=True))

@@ -6,18 +6,21 @@ import pytest
 from keras import ops
 from models import to_numpy
 
+import keras_adafisher
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_at
 from keras_adafisher.probe import tap
+from keras_adafisher.probe import unmark_parameters
+from keras_adafisher.probe import with_probes
+from keras_adafisher.steps import current
+from keras_adafisher.steps import Step
 from keras_adafisher.wrappers import DenseBlock
 
 
 class Owner(keras.layers.Layer):
     """A dense map with a probe, called as often as it gets inputs."""
-
-    full_name = "owner"
 
     def __init__(self, kernel):
         super().__init__()
@@ -25,6 +28,7 @@ class Owner(keras.layers.Layer):
         self.kernel.assign(kernel)
         self.block = DenseBlock(self.kernel, None, *kernel.shape)
         self.probe = Probe(self.block, self)
+        mark_parameters(self.probe)
         self.built = True
 
     def call(self, *inputs):
@@ -32,10 +36,10 @@ class Owner(keras.layers.Layer):
 
 
 def gradients(owner, inputs, cotangents, model=None):
-    """Gradients of `sum(z * cotangent)` for the variables of `owner`, by name.
+    """Gradients of `sum(z * cotangent)` at the kernel and the probe of `owner`.
 
     `model` is the layer that is called and differentiated, `owner` itself if
-    it isn't given.
+    it isn't given. What the probe got is as measured, or `None`.
     """
     model = model or owner
     inputs = [ops.convert_to_tensor(x) for x in inputs]
@@ -57,12 +61,12 @@ def gradients(owner, inputs, cotangents, model=None):
         for variable in variables:
             variable.value.grad = None
         loss_of(model(*inputs)).backward()
-        kernel, *answer = (owner.kernel.value, *owner.probe.inputs)
-        names = ("kernel", "request", "activation", "gradient")
-        return {
-            name: None if tensor.grad is None else to_numpy(tensor.grad)
-            for name, tensor in zip(names, (kernel, *answer), strict=True)
-        }
+        tensors = owner.kernel.value, owner.probe.tensor
+        kernel, answer = (
+            None if tensor.grad is None else to_numpy(tensor.grad)
+            for tensor in tensors
+        )
+        return kernel, answer if answer is None else answer * 2.0**40
     else:
         import jax
 
@@ -70,12 +74,14 @@ def gradients(owner, inputs, cotangents, model=None):
             return loss_of(model.stateless_call(values, [], *inputs)[0])
 
         result = jax.grad(stateless_loss)([v.value for v in variables])
-    own = {id(variable) for variable in owner.trainable_variables}
-    return {
-        variable.name: None if g is None else to_numpy(g)
+    found = {
+        id(variable): None if g is None else to_numpy(g)
         for variable, g in zip(variables, result, strict=True)
-        if id(variable) in own
     }
+    answer = found.get(id(owner.probe.variable))
+    return found[
+        id(owner.kernel)
+    ], answer if answer is None else answer * 2.0**40
 
 
 @pytest.fixture
@@ -87,53 +93,67 @@ def arrays(rng, *shapes):
     return [rng.normal(size=shape).astype("float32") for shape in shapes]
 
 
-def ask(owner, wanted):
-    """As the optimizer does: through the variable, or on the host."""
-    if owner.probe.variables:
-        owner.probe.request.assign(float(wanted))
-    owner.probe.listening = int(wanted)
-
-
 def test_the_tap_returns_its_input(owner, rng):
     (x,) = arrays(rng, (4, 3))
-    (z,) = owner(ops.convert_to_tensor(x))
+    with Step([]):
+        (z,) = owner(ops.convert_to_tensor(x))
     plain = ops.matmul(ops.convert_to_tensor(x), owner.kernel)
     np.testing.assert_array_equal(to_numpy(z), to_numpy(plain))
 
 
-def test_the_answers_are_mean_squares(owner, rng):
+@pytest.mark.parametrize("mode", ["ask", "measure"])
+def test_an_answer_has_the_mean_squares(owner, rng, mode):
     x, c = arrays(rng, (4, 3), (4, 2))
-    answer = gradients(owner, [x], [c])
-    np.testing.assert_allclose(answer["request"], 1.0)
-    h = np.mean(x**2, axis=0)[:, None]
-    np.testing.assert_allclose(answer["activation"], h, rtol=1e-6)
-    s = np.mean(c**2, axis=0)
-    np.testing.assert_allclose(answer["gradient"], s, rtol=1e-6)
-
-
-def test_the_gradient_of_the_kernel_is_untouched(owner, rng):
-    x, c = arrays(rng, (4, 3), (4, 2))
-    answer = gradients(owner, [x], [c])
-    np.testing.assert_allclose(answer["kernel"], x.T @ c, atol=1e-6)
+    with Step([], mode):
+        kernel, answer = gradients(owner, [x], [c])
+    h, s = np.mean(x**2, axis=0), np.mean(c**2, axis=0)
+    np.testing.assert_allclose(answer, [1, *h, *s], rtol=1e-6)
+    np.testing.assert_allclose(kernel, x.T @ c, atol=1e-6)
+    calls, activation, gradient = owner.probe.split(answer)
+    assert calls == 1
+    np.testing.assert_allclose(activation, h[:, None], rtol=1e-6)
+    np.testing.assert_allclose(gradient, s, rtol=1e-6)
 
 
 def test_several_calls_add_up_and_are_counted(owner, rng):
     x1, x2, c1, c2 = arrays(rng, (4, 3), (6, 3), (4, 2), (6, 2))
-    answer = gradients(owner, [x1, x2], [c1, c2])
-    np.testing.assert_allclose(answer["request"], 2.0)
+    with Step([]):
+        _, answer = gradients(owner, [x1, x2], [c1, c2])
     h = np.mean(x1**2, axis=0) + np.mean(x2**2, axis=0)
-    np.testing.assert_allclose(answer["activation"][:, 0], h, rtol=1e-6)
     s = np.mean(c1**2, axis=0) + np.mean(c2**2, axis=0)
-    np.testing.assert_allclose(answer["gradient"], s, rtol=1e-6)
+    np.testing.assert_allclose(answer, [2, *h, *s], rtol=1e-6)
 
 
-def test_without_a_request_there_is_no_answer(owner, rng):
+def test_a_plain_step_has_no_answer(owner, rng):
     x, c = arrays(rng, (4, 3), (4, 2))
-    ask(owner, False)
-    answer = gradients(owner, [x], [c])
-    for name in ("request", "activation", "gradient"):
-        assert answer[name] is None or not np.any(answer[name])
-    np.testing.assert_allclose(answer["kernel"], x.T @ c, atol=1e-6)
+    with Step([], "plain"):
+        kernel, answer = gradients(owner, [x], [c])
+    assert answer is None or not np.any(answer)
+    np.testing.assert_allclose(kernel, x.T @ c, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="PyTorch's lists have no probes, and loops no decorator",
+)
+def test_outside_of_steps_there_is_neither_tap_nor_probe(owner, rng):
+    x, c = arrays(rng, (4, 3), (4, 2))
+    assert owner.trainable_variables == [owner.kernel]
+    kernel, answer = gradients(owner, [x], [c])
+    assert answer is None
+    np.testing.assert_allclose(kernel, x.T @ c, atol=1e-6)
+
+
+def test_steps_nest_and_end_with_an_error():
+    assert current() is None
+    with Step([]) as outer:
+        with Step([]) as inner:
+            assert current() is inner
+        assert current() is outer
+        with pytest.raises(ZeroDivisionError), Step([]):
+            raise ZeroDivisionError
+        assert current() is outer
+    assert current() is None
 
 
 class OnlyFirst(keras.layers.Layer):
@@ -152,18 +172,37 @@ def test_an_unused_layer_does_not_answer(owner, rng):
     x, c = arrays(rng, (4, 3), (4, 2))
     unused = Owner(np.ones((3, 2), "float32"))
     model = OnlyFirst(owner, unused)
-    assert gradients(owner, [x], [c], model)["request"] == 1
-    answer = gradients(unused, [x], [c], model)
-    for name in ("request", "activation", "gradient"):
-        assert answer[name] is None or not np.any(answer[name])
+    with Step([]) as step:
+        assert gradients(owner, [x], [c], model)[1][0] == 1
+        answer = gradients(unused, [x], [c], model)[1]
+    assert answer is None or not np.any(answer)
+    assert step.answering == {id(owner.probe)}
+
+
+def test_a_frozen_layer_does_not_answer(owner, rng):
+    (x,) = arrays(rng, (4, 3))
+    frozen = Owner(np.ones((3, 2), "float32"))
+    frozen.trainable = False
+    optimizer = keras_adafisher.AdaFisher()
+    with Step([optimizer]) as step:
+        frozen(ops.convert_to_tensor(x))
+        owner(ops.convert_to_tensor(x))
+    assert step.answering == {id(owner.probe)}
 
 
 def test_probes_know_themselves(owner):
+    other = keras.Variable(np.ones(2, "float32"))
     assert probe_of(owner.kernel) is None
-    assert probes_at(owner.kernel) == []
-    mark_parameters(owner.probe)
+    assert probes_at(other) == []
     assert probes_at(owner.kernel) == [owner.probe]
-    for variable in owner.probe.variables:
+    variables = with_probes([other, owner.kernel])
+    assert variables[:2] == [other, owner.kernel]
+    assert with_probes(variables) == variables
+    for variable in variables[2:]:
         assert probe_of(variable) is owner.probe
         assert variable.overwrite_with_gradient
         assert variable.dtype == "float32"
+        assert variable.shape == (1 + 3 + 2,)
+    assert len(variables) == (2 if owner.probe.variable is None else 3)
+    unmark_parameters(owner.probe)
+    assert probes_at(owner.kernel) == []

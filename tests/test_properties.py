@@ -25,6 +25,7 @@ from models import to_numpy
 
 import keras_adafisher
 from keras_adafisher.probe import probe_of
+from keras_adafisher.steps import Step
 
 BACKEND = keras.backend.backend()
 FACTOR = int(os.environ.get("ADAFISHER_CASES", "1"))
@@ -357,16 +358,16 @@ def test_a_layer_measures_its_definition(case, rule, seed):
         keras_adafisher.wrap(layer)
         assert len(probes_in(layer)) == 1
 
-        wrapped_z, wrapped_gradients = run(layer, x, y)
-        np.testing.assert_array_equal(wrapped_z, z)
-        assert_close_to_each_other(
-            gradients_of_parameters(layer, wrapped_gradients),
-            [to_numpy(g) for g in gradients],
-        )
-
         optimizer = rule.make()
         optimizer.build(layer.trainable_variables)
-        optimizer.apply(wrapped_gradients, layer.trainable_variables)
+        with Step([optimizer]):
+            wrapped_z, wrapped_gradients = run(layer, x, y)
+            np.testing.assert_array_equal(wrapped_z, z)
+            assert_close_to_each_other(
+                gradients_of_parameters(layer, wrapped_gradients),
+                [to_numpy(g) for g in gradients],
+            )
+            optimizer.apply(wrapped_gradients, layer.trainable_variables)
     s = y.astype("float64") / y.size
     expected = expected_fisher(layer, rule, x, s)
     for parameter, fisher in zip(parts(layer), expected, strict=True):
@@ -514,17 +515,17 @@ def check_a_model(recipe, form, tolerance, rule, rng, x):
             [to_numpy(model(x, training=False))],
             [plain],
         )
-        wrapped_z, wrapped_gradients = run(model, x, y)
-        assert_same([wrapped_z], [z])
-        assert_close_to_each_other(
-            gradients_of_parameters(model, wrapped_gradients),
-            [to_numpy(g) for g in gradients],
-            **tolerance,
-        )
-
         optimizer = rule.make()
         optimizer.build(model.trainable_variables)
-        optimizer.apply(wrapped_gradients, model.trainable_variables)
+        with Step([optimizer]):
+            wrapped_z, wrapped_gradients = run(model, x, y)
+            assert_same([wrapped_z], [z])
+            assert_close_to_each_other(
+                gradients_of_parameters(model, wrapped_gradients),
+                [to_numpy(g) for g in gradients],
+                **tolerance,
+            )
+            optimizer.apply(wrapped_gradients, model.trainable_variables)
     covered = 0
     for row in keras_adafisher.coverage(model).rows:
         covered += bool(row.factors)

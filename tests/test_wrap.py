@@ -8,7 +8,7 @@ from models import data
 from models import image_data
 from models import mlp
 from models import probes_in
-from models import to_numpy
+from models import train
 from models import trained
 from models import weights
 
@@ -86,20 +86,14 @@ def test_wrapping_twice_changes_nothing():
     assert len(probes_in(model)) == 4
 
 
-def test_wrapping_again_asks_for_the_optimizer_that_comes():
-    """It may be built only when it gets its first gradients."""
-    model = trained(keras_adafisher.AdaFisher(factor_update_steps=100), 1)
-
-    def requests():
-        is_torch = keras.backend.backend() == "torch"
-        return [
-            int(p.listening if is_torch else to_numpy(p.request))
-            for p in probes_in(model)
-        ]
-
-    assert requests() == [0, 0]
-    keras_adafisher.wrap(model)
-    assert requests() == [1, 1]
+def test_an_optimizer_that_comes_later_measures_at_its_first_step():
+    """Where the one before it wouldn't have measured."""
+    model = trained(keras_adafisher.AdaFisher(factor_update_steps=100), 2)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=100)
+    model.compile(optimizer, loss=cross_entropy())
+    train(model, range(1))
+    for row in keras_adafisher.coverage(model).rows:
+        assert row.source == "measured"
 
 
 def test_unwrapping_restores_the_model():

@@ -32,6 +32,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_adafisher
+
 WORKERS = 2
 EPOCHS = 2
 STEPS_PER_EPOCH = common.EXAMPLES // common.BATCH_SIZE
@@ -102,6 +104,7 @@ def wait(workers):
 def make_step(strategy, model, optimizer, loss_fn):
     """A training step of all workers, as a `tf.function`."""
 
+    @keras_adafisher.training_step(optimizer)
     def replica_step(x, y):
         with tf.GradientTape() as tape:
             # The mean over this worker's part of the batch, divided by the

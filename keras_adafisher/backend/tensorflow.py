@@ -38,6 +38,12 @@ def differentiate(compute_loss, data, probes, variables):
 
 
 def tap(z, h, probe, request):
+    # `tf.vectorized_map` converts what a function consists of, and drops the
+    # gradient of a tap. (It traces the function in a name scope of this name.)
+    # Without a tap, the optimizer knows that it has to estimate the factors.
+    if "loop_body" in tf.get_current_name_scope():
+        return z
+
     # In the backward pass: a graph is run as it is, layers keep their inputs
     # for it, and another condition takes time to trace and to run.
     def answer(s):
