@@ -7,6 +7,7 @@ VENV := .venv
 CONSTRAINTS := constraints.txt
 TEST_EXTRAS := tensorflow,jax,torch,test
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
 # Two processes per backend, one after the other: `PYTEST_ARGS=` for one.
 PYTEST_ARGS ?= --numprocesses 2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
@@ -17,8 +18,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-models test-long mutations bench bench-quick quality \
-  quality-quick docs dist docs-analysis docs-coverage docs-compatibility \
+.PHONY: demo test test-oldest test-models test-long mutations bench bench-quick \
+  bench-gpu bench-gpu-tiny quality quality-quick docs dist docs-analysis docs-coverage docs-compatibility \
   docs-distributed lint format clean \
   $(addprefix test-,$(BACKENDS)) $(addprefix test-oldest-,$(BACKENDS))
 
@@ -59,7 +60,8 @@ test-long: $(VENV)/.test
 	  echo "== Long tests with the $$backend backend"; \
 	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
 	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_benchmarks.py \
-	    tests/test_examples.py tests/test_faults.py tests/test_long_run.py \
+	    tests/test_examples.py tests/test_faults.py \
+	    tests/test_gpu_benchmark.py tests/test_long_run.py \
 	    tests/test_properties.py || exit 1; \
 	done
 
@@ -85,6 +87,18 @@ bench bench-quick: $(VENV)/.test
 	done
 	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
+
+# Writes docs/performance_gpu.md, in eight minutes on a machine with a GPU. With an
+# interpreter that has JAX and PyTorch for it, and Keras: `GPU_PYTHON=python3`.
+bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/.test)
+	$(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
+	$(GPU_PYTHON) tools/report/performance_gpu.py
+
+# Whether that works, on a CPU: all of it in a tiny form, in two minutes.
+bench-gpu-tiny: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu.py --tiny
+	$(BIN)/python tools/report/performance_gpu.py \
+	  --results benchmarks/results/tiny --output benchmarks/results/tiny
 
 # Writes docs/quality.md. What was measured before is kept, also what the
 # repository has: that is how an interrupted run goes on. To measure all anew, in

@@ -33,6 +33,21 @@ def compiled_step(model, x, y):
     return step.lower(state_of(model), data).compile()
 
 
+def peak_bytes(program):
+    """The memory of a compiled program, by its own analysis.
+
+    All that is there at its peak: arguments, results, and what it makes in
+    between. Of two branches, the larger counts.
+    """
+    found = program.memory_analysis()
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+
+
 def distinct_kernels(program):
     """How many kernels XLA compiles for a program, by its text.
 

@@ -90,15 +90,10 @@ def make_step_task(name, optimizer, tiny):
 
 def peak_jax(name, optimizer, tiny):
     from jax_program import compiled_step
+    from jax_program import peak_bytes
 
     task = make_step_task(name, optimizer, tiny)
-    found = compiled_step(task.model, task.x, task.y).memory_analysis()
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
+    return peak_bytes(compiled_step(task.model, task.x, task.y))
 
 
 def peak_torch(name, optimizer, tiny):

@@ -72,27 +72,35 @@ def resnet(size=16, batch=32, image=32, blocks=1):
     return _classifier(inputs, layers.GlobalAveragePooling2D()(x), batch)
 
 
-def gpt(size=128, batch=8, sequence=64, depth=2, vocabulary=1000):
+def gpt(size=128, batch=8, sequence=64, depth=2, vocabulary=1000, heads=4):
     """A decoder-only transformer."""
     inputs = keras.Input((sequence,), dtype="int32")
     x = layers.Embedding(vocabulary, size)(inputs)
     x = Positions(sequence)(x)
-    x = transformer(x, size, depth, causal=True)
-    model = keras.Model(inputs, layers.Dense(vocabulary)(x))
+    x = transformer(x, size, depth, causal=True, heads=heads)
+    model = keras.Model(inputs, _head(vocabulary)(x))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocabulary, (batch, sequence + 1)).astype("int32")
     return Task(model, ids[:, :-1], ids[:, 1:])
 
 
-def vit(size=128, batch=8, image=32, depth=2, patch=4):
+def vit(
+    size=128,
+    batch=8,
+    image=32,
+    depth=2,
+    patch=4,
+    heads=4,
+    classes=CLASSES,
+):
     """A vision transformer."""
     inputs = keras.Input((image, image, 3))
     x = layers.Conv2D(size, patch, strides=patch)(inputs)
     x = layers.Reshape((-1, size))(x)
     x = Positions((image // patch) ** 2)(x)
-    x = transformer(x, size, depth, causal=False)
+    x = transformer(x, size, depth, causal=False, heads=heads)
     x = layers.GlobalAveragePooling1D()(x)
-    return _classifier(inputs, x, batch)
+    return _classifier(inputs, x, batch, classes)
 
 
 def mobilenet(size=16, batch=32, image=32, depth=4):
@@ -163,10 +171,10 @@ class Positions(layers.Layer):
         return x + self.embedding(ops.arange(self.length))
 
 
-def transformer(x, size, depth, causal):
+def transformer(x, size, depth, causal, heads=4):
     for _ in range(depth):
         h = layers.LayerNormalization()(x)
-        h = layers.MultiHeadAttention(4, size // 4)(
+        h = layers.MultiHeadAttention(heads, size // heads)(
             h, h, use_causal_mask=causal
         )
         x = layers.add([x, h])
@@ -176,8 +184,18 @@ def transformer(x, size, depth, causal):
     return layers.LayerNormalization()(x)
 
 
-def _classifier(inputs, features, batch):
-    model = keras.Model(inputs, layers.Dense(CLASSES)(features))
+def _head(classes):
+    # In mixed precision, the loss needs more than bfloat16's eight bits.
+    return layers.Dense(classes, dtype="float32")
+
+
+def _classifier(inputs, features, batch, classes=CLASSES):
+    return with_images(keras.Model(inputs, _head(classes)(features)), batch)
+
+
+def with_images(model, batch):
+    """A classifier, with random inputs and labels."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(batch, *inputs.shape[1:])).astype("float32")
-    return Task(model, x, rng.integers(0, CLASSES, batch).astype("int32"))
+    x = rng.normal(size=(batch, *model.input_shape[1:])).astype("float32")
+    y = rng.integers(0, model.output_shape[-1], batch).astype("int32")
+    return Task(model, x, y)

@@ -470,9 +470,13 @@ def introduction(found, met):
         "thread each:\n"
         f"{', '.join(sorted(s for s in settings if 'LOG' not in s))}."
     )
-    gpu = "**GPU figures are still to be measured**: all of these are a CPU's."
+    gpu = "All of these figures are a CPU's."
     if any("cores" not in d["device"] for d in data):
         gpu = "The device is named beside each backend."
+    gpu += (
+        " Those of a GPU have a page of their\n"
+        "own: [Performance on a GPU](performance_gpu.md)."
+    )
     summary = [
         "",
         "| goal | rows that meet it |",

@@ -24,11 +24,12 @@ def slow_where_compiled(test):
     return pytest.mark.slow(test)
 
 
-def run(*arguments, **environment):
+def run(*arguments, timeout=TIMEOUT, **environment):
     """Run Python, and stop it together with all that it started.
 
     Args:
         *arguments: The command line. A path is relative to the project.
+        timeout: Number, the seconds that it may take.
         **environment: Variables to set besides the present ones.
 
     Returns:
@@ -51,7 +52,7 @@ def run(*arguments, **environment):
         start_new_session=True,
     )
     try:
-        output, errors = process.communicate(timeout=TIMEOUT)
+        output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         # torchrun stops its processes, which aren't of its group.
         process.terminate()

@@ -1,0 +1,313 @@
+"""Measure one model on one backend, with all optimizers. `gpu.py` starts this.
+
+    KERAS_BACKEND=jax python benchmarks/gpu_worker.py MODEL FOLDER [--tiny]
+
+It builds and compiles, beside other processes that do the same, and writes
+`FOLDER/BACKEND-MODEL.ready`. Once `FOLDER/go` is there, it waits for the lock
+`FOLDER/lock`, is then the only one that uses the GPU, times all optimizers in
+turns, and writes `FOLDER/BACKEND-MODEL.json`.
+
+What is timed is what Keras' `fit` calls for each batch, `model.train_function`,
+with the batch on the device already.
+"""
+
+import argparse
+import concurrent.futures
+import fcntl
+import functools
+import gc
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import keras
+import numpy as np
+from common import machine
+from common import spread
+from gpu_models import make_task
+from gpu_models import MODELS
+from gpu_models import OPTIMIZERS
+
+import keras_adafisher
+
+BACKEND = keras.backend.backend()
+# Compiled one after the other, so that their times can be compared. SGD is the
+# first of its process, and tunes the kernels that the others then use too.
+ALONE = ("SGD", "Adam", "AdaFisher, default")
+EVERY_100, EVERY_STEP = "AdaFisher, every 100", "AdaFisher, every step"
+# Steps of a round: with the default settings, one of them measures.
+STEPS = 10
+# How many steps a model has behind it when timing begins. AdaFisher measures
+# the mean squares at each of its first `factor_update_steps` steps. With 100,
+# the step after those measures the factors, and the next to do so is the 201st.
+BEHIND = {EVERY_100: 101}
+BEHIND_OTHERS = 21
+LEAST_ROUNDS, MOST_ROUNDS = 5, 21
+# Of a turn, in seconds. Eight take turns.
+LONGEST_TURN = 16
+
+
+class JaxProgram:
+    """The program that JAX compiles of a model's training step.
+
+    Args:
+        task: `Task`, not compiled.
+        optimizer: `keras.optimizers.Optimizer`.
+    """
+
+    def __init__(self, task, optimizer):
+        import jax
+        from jax_program import state_of
+
+        task.compile(optimizer)
+        model = task.model
+        # As `fit` does it before it makes the function.
+        optimizer.build(model.trainable_variables)
+        model.make_train_function()
+
+        def step(state, data):
+            return model.train_function(state, iter([data]))
+
+        self._data = jax.device_put((task.x, task.y))
+        self._state = state_of(model)
+        # Keras' function compiles when it is called, and keeps the program to
+        # itself. One around it is compiled to the same, and can be asked.
+        step = jax.jit(step, donate_argnums=0)
+        self._lowered = step.lower(self._state, self._data)
+        self.steps = 0
+
+    def compile(self):
+        """Compile. Several programs may do so at a time."""
+        self._program = self._lowered.compile()
+        del self._lowered
+
+    def facts(self):
+        """What the program tells of itself."""
+        from jax_program import peak_bytes
+
+        text = self._program.as_text()
+        return {
+            "peak_bytes": peak_bytes(self._program),
+            "conditionals": text.count(" conditional("),
+            "instructions": text.count(" = "),
+        }
+
+    def run(self, steps):
+        """Train for some steps, wait for the last, and return its loss."""
+        import jax
+
+        for _ in range(steps):
+            logs, self._state = self._program(self._state, self._data)
+        self.steps += steps
+        jax.block_until_ready(self._state)
+        return float(logs["loss"])
+
+
+class TorchProgram:
+    """A model that PyTorch trains, after its first step.
+
+    Args:
+        task: `Task`, not compiled.
+        optimizer: `keras.optimizers.Optimizer`.
+    """
+
+    def __init__(self, task, optimizer):
+        import torch
+
+        self._has_gpu = torch.cuda.is_available()
+        device = "cuda" if self._has_gpu else "cpu"
+        task.compile(optimizer)
+        task.x = torch.as_tensor(task.x, device=device)
+        task.y = torch.as_tensor(task.y, device=device)
+        self._task = task
+        # As `fit` does it.
+        task.model.train()
+        task.step()
+        self._wait()
+        self.steps = 1
+
+    def rest(self):
+        """Free what one step leaves for the next: others need the memory."""
+        import torch
+
+        self._task.model.zero_grad()
+        gc.collect()
+        if self._has_gpu:
+            torch.cuda.empty_cache()
+
+    def run(self, steps):
+        """Train for some steps, wait for the last, and return its loss."""
+        data = [(self._task.x, self._task.y)]
+        for _ in range(steps):
+            logs = self._task.model.train_function(data)
+        self.steps += steps
+        self._wait()
+        return float(logs["loss"])
+
+    def _wait(self):
+        import torch
+
+        if self._has_gpu:
+            torch.cuda.synchronize()
+
+
+def clock():
+    """Seconds that have passed, and that processors have worked for us."""
+    # Without the last one, which is the time that passed.
+    return np.array([time.perf_counter(), sum(os.times()[:4])])
+
+
+def first_step(start):
+    """What is kept of the time since `start`, which is a `clock()`."""
+    passed, worked = clock() - start
+    return {"first_seconds": passed, "first_processor_seconds": worked}
+
+
+def prepare_jax(name, tiny):
+    """Compile all programs.
+
+    Returns:
+        From optimizer to program, and from optimizer to what is known of it.
+    """
+    programs, facts = {}, {}
+    for optimizer, make_optimizer in OPTIMIZERS.items():
+        task = make_task(name, tiny)
+        start = clock()
+        # Traced one by one: Keras' state while tracing is that of a process.
+        program = programs[optimizer] = JaxProgram(task, make_optimizer())
+        facts[optimizer] = {}
+        if optimizer in ALONE:
+            program.compile()
+            facts[optimizer] = first_step(start)
+    others = [programs[name] for name in programs if name not in ALONE]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(JaxProgram.compile, others))
+    for optimizer, program in programs.items():
+        facts[optimizer].update(program.facts())
+    return programs, facts
+
+
+def prepare_torch(name, tiny):
+    """Take the first steps, and measure the memory of more. As `prepare_jax`.
+
+    The peak is what was given out at most, less what was before the model was
+    made. Nothing of others in this process is freed or made in between.
+    """
+    import torch
+
+    # What libraries allocate once isn't the first optimizer's.
+    TorchProgram(make_task(name, tiny=True), OPTIMIZERS["SGD"]()).run(1)
+    has_gpu = torch.cuda.is_available()
+    programs, facts = {}, {}
+    for optimizer, make_optimizer in OPTIMIZERS.items():
+        gc.collect()
+        before = torch.cuda.memory_allocated() if has_gpu else 0
+        task = make_task(name, tiny)
+        start = clock()
+        program = programs[optimizer] = TorchProgram(task, make_optimizer())
+        facts[optimizer] = first_step(start)
+        program.rest()
+        if has_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            program.run(STEPS)
+            peak = torch.cuda.max_memory_allocated() - before
+            facts[optimizer]["peak_bytes"] = peak
+            program.rest()
+    return programs, facts
+
+
+def time_rounds(programs, least, most):
+    """Time all programs in turns.
+
+    Returns:
+        From optimizer to an array, seconds of a step in each round.
+    """
+    for optimizer, program in programs.items():
+        program.run(BEHIND.get(optimizer, BEHIND_OTHERS) - program.steps)
+    # Six models have far more objects than one: don't look through them again.
+    gc.collect()
+    gc.freeze()
+    rng = np.random.default_rng(0)
+    seconds = {optimizer: [] for optimizer in programs}
+    begin = time.perf_counter()
+    for number in range(most):
+        if number >= least and time.perf_counter() - begin > LONGEST_TURN:
+            break
+        for optimizer in rng.permutation(list(programs)):
+            start = time.perf_counter()
+            loss = programs[optimizer].run(STEPS)
+            seconds[optimizer].append((time.perf_counter() - start) / STEPS)
+            if not np.isfinite(loss):
+                raise RuntimeError(f"The loss of {optimizer} is {loss}.")
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def summary(seconds):
+    """Medians, and ratios to Adam's step in the same round.
+
+    With `factor_update_steps=100`, rounds in which a step measures (each tenth)
+    are left out, and the hundredth part of what one costs is added.
+    """
+    plain = np.arange(len(seconds["Adam"])) % 10 != 9
+    every_100 = 0.99 * seconds[EVERY_100] + 0.01 * seconds[EVERY_STEP]
+    values = {**seconds, EVERY_100: every_100}
+    rounds = {name: plain if name == EVERY_100 else ... for name in values}
+    return {
+        "rounds": len(plain),
+        "milliseconds": {
+            name: 1000 * float(np.median(value[rounds[name]]))
+            for name, value in values.items()
+        },
+        "over Adam": {
+            name: spread((value / values["Adam"])[rounds[name]])
+            for name, value in values.items()
+        },
+    }
+
+
+def wait_for(path):
+    """Wait until a file exists, and give up if nobody is left to write it."""
+    parent = os.getppid()
+    while not path.exists():
+        if os.getppid() != parent:
+            sys.exit("gpu.py is gone")
+        time.sleep(0.1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    name = f"{BACKEND}-{arguments.model}"
+    file = functools.partial(pathlib.Path, arguments.folder)
+
+    prepare = {"jax": prepare_jax, "torch": prepare_torch}[BACKEND]
+    programs, facts = prepare(arguments.model, arguments.tiny)
+    file(f"{name}.ready").touch()
+    wait_for(file("go"))
+    # Given back when the process ends, and with it all of its memory.
+    lock = file("lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    rounds = (2, 2) if arguments.tiny else (LEAST_ROUNDS, MOST_ROUNDS)
+    seconds = time_rounds(programs, *rounds)
+    found = {
+        "machine": {
+            **machine(),
+            "python": platform.python_version(),
+            "package": keras_adafisher.__version__,
+        },
+        "row": {**summary(seconds), "programs": facts},
+    }
+    # Never half a file.
+    temporary = file(f"{name}.tmp")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(file(f"{name}.json"))
+
+
+if __name__ == "__main__":
+    main()
