@@ -66,6 +66,53 @@ def distinct_kernels(program):
     return len(kernels)
 
 
+def conditionals(program):
+    """How many conditions a program has, by its text."""
+    return program.count(" conditional(")
+
+
+def instructions(program, conditional_branch=None):
+    """How many instructions a program has, by its text.
+
+    Args:
+        program: String.
+        conditional_branch: Int or `None`. If an int, only those count that run
+            if the program's one condition takes that branch. 0 is for false.
+    """
+    bodies = {}
+    entry = None
+    for match in re.finditer(
+        r"^(ENTRY )?(%[\w.-]+)[^\n]*\{\n(.*?)^\}", program, re.M | re.S
+    ):
+        bodies[match[2]] = match[3]
+        entry = match[2] if match[1] else entry
+
+    def count(name):
+        total = 0
+        for line in bodies[name].splitlines():
+            if " = " not in line:
+                continue
+            total += 1
+            called = [n for n in re.findall(r"%[\w.-]+", line) if n in bodies]
+            if " conditional(" in line and conditional_branch is not None:
+                called = [_branches(line)[conditional_branch]]
+            total += sum(map(count, called))
+        return total
+
+    return count(entry)
+
+
+def _branches(line):
+    """The names of a condition's branches, that for false first."""
+    both = re.search(
+        r"true_computation=(%[\w.-]+), false_computation=(%[\w.-]+)", line
+    )
+    if both:
+        return both[2], both[1]
+    listed = re.search(r"branch_computations=\{([^}]*)\}", line)[1]
+    return listed.split(", ")
+
+
 def _without_names(body):
     # Its first line has names of another form.
     body = body.split("\n", 1)[1]

@@ -57,11 +57,7 @@ def state(make_model):
         result[name] = nbytes(optimizer.variables)
     # By identity: kernel and bias have the same.
     probes = probes_of(model.trainable_variables)
-    probe_bytes = sum(
-        4 * math.prod(shape)
-        for probe in probes.values()
-        for shape in probe.shapes.values()
-    )
+    probe_bytes = sum(4 * probe.size for probe in probes)
     adam, adafisher = result.values()
     return {
         **result,

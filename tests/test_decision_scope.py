@@ -1,0 +1,364 @@
+"""Where is decided whether a step measures: `set_decision_scope`.
+
+With "step" there is one condition around the training step, on JAX and on
+TensorFlow. The weights are those of "layer", where each tap asks.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from models import assert_close
+from models import cross_entropy
+from models import data
+from models import mlp
+from models import state
+
+import keras_adafisher
+
+BACKEND = keras.backend.backend()
+TRACED = pytest.mark.skipif(
+    BACKEND == "torch", reason="PyTorch runs eagerly: Python decides"
+)
+JAX = pytest.mark.skipif(BACKEND != "jax", reason="JAX' programs")
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    keras_adafisher.set_decision_scope("auto")
+
+
+def test_the_scope_is_an_argument_of_its_own():
+    assert keras_adafisher.decision_scope() == "layer"
+    keras_adafisher.set_decision_scope("step")
+    assert keras_adafisher.decision_scope() == "step"
+    with pytest.raises(ValueError, match="Argument `scope` must be one of"):
+        keras_adafisher.set_decision_scope("nope")
+    assert keras_adafisher.decision_scope() == "step"
+
+
+class OwnStep(keras.Sequential):
+    """A `train_step` of one's own, around Keras' one."""
+
+    def train_step(self, *args):
+        result = super().train_step(*args)
+        if BACKEND == "jax":
+            logs, state = result
+            return {**logs, "one": ops.ones(())}, state
+        return {**result, "one": ops.ones(())}
+
+
+def own_step():
+    return OwnStep(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(5, activation="tanh"),
+            keras.layers.Dropout(0.2),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def optimizer(**kwargs):
+    kwargs = {"factor_update_steps": 3, **kwargs}
+    return keras_adafisher.AdaFisher(1e-2, **kwargs)
+
+
+def several():
+    return keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            optimizer(), {".*/bias": optimizer(factor_update_steps=2)}
+        )
+    )
+
+
+CASES = {
+    "default": (mlp, optimizer, {}),
+    "published": (
+        mlp,
+        lambda: optimizer(
+            normalization="min_max", rms_decay=None, epsilon=1e-3
+        ),
+        {},
+    ),
+    "every step": (mlp, lambda: optimizer(factor_update_steps=1), {}),
+    "own train_step": (own_step, optimizer, {}),
+    "several steps in one": (mlp, optimizer, {"steps_per_execution": 2}),
+    "accumulated": (
+        mlp,
+        lambda: optimizer(gradient_accumulation_steps=2),
+        {},
+    ),
+    "loss scale": (
+        mlp,
+        lambda: keras.optimizers.LossScaleOptimizer(
+            optimizer(epsilon=1e-3), initial_scale=2.0**10
+        ),
+        {},
+    ),
+    "several optimizers": (mlp, several, {}),
+    "averages": (
+        mlp,
+        lambda: optimizer(use_ema=True, ema_overwrite_frequency=4),
+        {},
+    ),
+    "eager": (mlp, optimizer, {"run_eagerly": True}),
+}
+
+
+@TRACED
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways_have_the_same_weights(name):
+    make_model, make_optimizer, arguments = CASES[name]
+    x, y = data(examples=56)
+    ends = []
+    for scope in ("layer", "step"):
+        keras_adafisher.set_decision_scope(scope)
+        keras.utils.set_random_seed(0)
+        model = make_model()
+        model.compile(
+            make_optimizer(),
+            loss=cross_entropy(),
+            metrics=["accuracy"],
+            **arguments,
+        )
+        model.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
+        if name != "averages":
+            # After `fit`, weights and averages are one buffer, which Keras then
+            # donates twice on JAX.
+            model.train_on_batch(x[:8], y[:8])
+        ends.append(state(model))
+    assert_close(ends[1], ends[0], 2e-6)
+
+
+@TRACED
+def test_training_goes_on_at_any_step(tmp_path):
+    keras_adafisher.set_decision_scope("step")
+    x, y = data()
+
+    def model():
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        model.compile(optimizer(), loss=cross_entropy())
+        return model
+
+    expected = model()
+    expected.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    for steps in (4, 7):
+        actual = model()
+        for start in range(0, 4 * steps, 4):
+            actual.train_on_batch(x[start : start + 4], y[start : start + 4])
+        actual.save(tmp_path / "model.keras")
+        actual = keras.models.load_model(tmp_path / "model.keras")
+        for step in range(steps, 24):
+            start = 4 * step % 48
+            actual.train_on_batch(x[start : start + 4], y[start : start + 4])
+        assert_close(state(actual), state(expected), 1e-6)
+
+
+@TRACED
+def test_a_step_that_fails_leaves_nothing_switched():
+    keras_adafisher.set_decision_scope("step")
+    model = mlp()
+    model.compile(optimizer(), loss=cross_entropy())
+    x, _ = data()
+    with pytest.raises((ValueError, TypeError)):
+        model.train_on_batch(x, np.zeros((48, 7, 7)))
+    plain = [v.name for v in mlp().trainable_variables]
+    assert [v.name for v in model.trainable_variables] == plain
+
+
+# Custom loops on JAX.
+
+
+def custom_loop(
+    scope, make_optimizer=optimizer, pack=lambda *s: s, unpack=None
+):
+    """Weights and the optimizer's state after ten steps."""
+    import jax
+
+    keras_adafisher.set_decision_scope(scope)
+    keras.utils.set_random_seed(0)
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = make_optimizer()
+    optimizer.build(model.trainable_variables)
+    loss_fn = cross_entropy()
+
+    def loss_of(trainable, other, x, y):
+        z, other = model.stateless_call(trainable, other, x, training=True)
+        return loss_fn(y, z), other
+
+    @jax.jit
+    @keras_adafisher.training_step(optimizer)
+    def step(state, x, y):
+        trainable, other, own = unpack(state) if unpack else state
+        (loss, other), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            trainable, other, x, y
+        )
+        trainable, own = optimizer.stateless_apply(own, gradients, trainable)
+        return loss, pack(trainable, other, own)
+
+    lists = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        optimizer.variables,
+    )
+    state = pack(*([v.value for v in variables] for variables in lists))
+    x, y = data()
+    for start in range(0, 40, 4):
+        loss, state = step(state, x[start : start + 4], y[start : start + 4])
+    return [np.array(value) for value in jax.tree.leaves(state)]
+
+
+@JAX
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        optimizer,
+        lambda: keras.optimizers.LossScaleOptimizer(optimizer()),
+        several,
+    ],
+    ids=["plain", "loss scale", "several"],
+)
+def test_custom_loops_both_ways(make_optimizer):
+    layer, step = (
+        custom_loop(scope, make_optimizer) for scope in ("layer", "step")
+    )
+    assert_close(step, layer, 2e-6)
+
+
+@JAX
+def test_state_may_be_in_dicts_and_tuples():
+    expected = custom_loop("step")
+    actual = custom_loop(
+        "step",
+        pack=lambda t, o, s: {
+            "a": tuple(t),
+            "b": {"other": o, "own": tuple(s)},
+        },
+        unpack=lambda s: (s["a"], s["b"]["other"], s["b"]["own"]),
+    )
+    assert len(actual) == len(expected)
+    for a, b in zip(
+        sorted(actual, key=lambda v: (v.shape, v.sum())),
+        sorted(expected, key=lambda v: (v.shape, v.sum())),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+@JAX
+def test_a_function_without_the_state_of_the_optimizer():
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+
+    @keras_adafisher.training_step(optimizer)
+    def my_step(trainable, own):
+        return trainable, own
+
+    trainable = [v.value for v in model.trainable_variables]
+    with pytest.raises(ValueError, match="must be built before `my_step`"):
+        my_step(trainable, [])
+    optimizer.build(model.trainable_variables)
+    own = [v.value for v in optimizer.variables]
+    with pytest.raises(ValueError) as error:
+        my_step(trainable, own[:-1])
+    assert "`[v.value for v in optimizer.variables]`" in str(error.value)
+    assert f"lists of [4, {len(own) - 1}] arrays" in str(error.value)
+    with pytest.raises(ValueError, match="`model.trainable_variables`"):
+        my_step(trainable[:3], own)
+    trainable, own = my_step(trainable, own)
+    assert len(trainable) == 4
+
+
+@JAX
+def test_a_function_that_returns_something_else_where_it_measures():
+    import jax
+
+    keras_adafisher.set_decision_scope("step")
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables)
+    results = iter([np.zeros(2), np.zeros(3)])
+
+    @keras_adafisher.training_step(optimizer)
+    def my_step(trainable, own):
+        return next(results)
+
+    trainable = [v.value for v in model.trainable_variables]
+    own = [v.value for v in optimizer.variables]
+    with pytest.raises(TypeError, match="`my_step` must return the same"):
+        jax.jit(my_step)(trainable, own)
+    assert len(model.trainable_variables) == 4
+
+
+@pytest.mark.parametrize("wrong", [(), (None,), ("adafisher",), (mlp,)])
+def test_what_is_no_optimizer(wrong):
+    with pytest.raises(TypeError, match="takes the optimizers that the step"):
+        keras_adafisher.training_step(*wrong)
+
+
+def test_with_another_optimizer_the_function_is_what_it_was():
+    step = keras_adafisher.training_step(keras.optimizers.Adam())
+    assert step(lambda x, y=1: x + y)(2, y=3) == 5
+
+
+# Programs.
+
+
+def gpt(blocks):
+    width, length = 8, 6
+    inputs = keras.Input((length,), dtype="int32")
+    x = keras.layers.Embedding(16, width)(inputs)
+    for _ in range(blocks):
+        h = keras.layers.LayerNormalization()(x)
+        attention = keras.layers.MultiHeadAttention(2, width // 2)
+        x = x + attention(h, h, use_causal_mask=True)
+        h = keras.layers.LayerNormalization()(x)
+        h = keras.layers.Dense(2 * width, activation="gelu")(h)
+        x = x + keras.layers.Dense(width)(h)
+    return keras.Model(inputs, keras.layers.Dense(16)(x))
+
+
+def program(optimizer, blocks=12):
+    from benchmarks.jax_program import compiled_step
+
+    keras_adafisher.set_decision_scope("step")
+    model = gpt(blocks)
+    model.compile(optimizer, loss=cross_entropy())
+    x = np.zeros((2, 6), "int32")
+    return compiled_step(model, x, x).as_text()
+
+
+@JAX
+def test_a_step_of_a_gpt_has_one_condition(record_property):
+    """And as many instructions as Adam's where it doesn't measure."""
+    from benchmarks.jax_program import conditionals
+    from benchmarks.jax_program import instructions
+
+    default = program(keras_adafisher.AdaFisher())
+    adam = program(keras.optimizers.Adam())
+    plain, measuring = (instructions(default, branch) for branch in (0, 1))
+    record_property(
+        "figure",
+        f"GPT of 12 blocks, one decision: {conditionals(default)} condition, "
+        f"{plain} instructions in a plain step, {measuring} in a measuring "
+        f"one, Adam {instructions(adam)}",
+    )
+    assert conditionals(default) == 1
+    assert conditionals(adam) == 0
+    assert plain < measuring
+    assert plain <= 1.15 * instructions(adam)
+
+
+@JAX
+def test_measuring_at_every_step_takes_no_condition():
+    from benchmarks.jax_program import conditionals
+
+    every = keras_adafisher.AdaFisher(factor_update_steps=1)
+    assert conditionals(program(every, blocks=2)) == 0
