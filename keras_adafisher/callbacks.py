@@ -11,8 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_adafisher.arguments import is_integer
 from keras_adafisher.compile_hook import adafishers
-from keras_adafisher.optimizer import is_integer
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 30

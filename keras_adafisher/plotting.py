@@ -16,9 +16,9 @@ from keras import ops
 
 import keras_adafisher
 from keras_adafisher import analysis
+from keras_adafisher.arguments import is_integer
 from keras_adafisher.callbacks import DistributionHistory
 from keras_adafisher.callbacks import QUANTILES
-from keras_adafisher.optimizer import is_integer
 from keras_adafisher.wrap import plain_layers
 
 try:
