@@ -611,7 +611,14 @@ FUNCTIONS = {
         "parameter": ("kernel", []),
         "quantity": ("fisher", []),
     },
-    plotting.plot_gershgorin: {**SYMMETRIC_FACTOR, **TITLE},
+    plotting.plot_bars: {
+        "histories": ((), [5, None, "history", keras_adafisher.FisherHistory]),
+        "parameter": ("kernel", []),
+        "quantity": ("fisher", []),
+        "moments": (3, COUNTS),
+    },
+    plotting.paper_style: {"columns": (1, [3, *COUNTS])},
+    plotting.plot_gershgorin: {**SYMMETRIC_FACTOR, **TITLE, **NOISE},
     plotting.plot_spectrum: {**SYMMETRIC_FACTOR, **NOISE, **TITLE},
     plotting.plot_factors: {"factors": (None, [None, *NO_FACTORS])},
     plotting.loss_surface_trajectories: {
@@ -627,6 +634,7 @@ FUNCTIONS = {
             [5, (0, 1), ((0, 1), (1, 0)), ((0, NAN), (0, 1)), "abcd"],
         ),
         "resolution": (2, [1, *COUNTS]),
+        "verbose": (0, [2, -1, None, "auto", 0.5]),
     },
     plotting.weight_trajectories: {
         "model": (None, [None, 5, "model", np.ones(3)]),
@@ -638,6 +646,7 @@ FUNCTIONS = {
         ),
         "loss": (None, []),
         "resolution": (2, [1, *COUNTS]),
+        "verbose": (0, [2, -1, None, "auto", 0.5]),
     },
 }
 
@@ -647,7 +656,7 @@ def test_every_argument_of_every_function_is_in_the_table():
         function
         for module in (analysis, plotting)
         for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and name[0] != "_"
+        if function.__module__.startswith(module.__name__) and name[0] != "_"
     }
     # What `plotting` and `wrap` need of the others.
     public -= {
