@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import importlib
 import os
 import pathlib
 import re
@@ -12,6 +13,9 @@ import matplotlib
 import pytest
 
 import keras_adafisher
+from keras_adafisher import analysis
+from keras_adafisher import callbacks
+from keras_adafisher import plotting
 from keras_adafisher.wrappers import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +88,29 @@ def test_quoted_messages_are_those_of_the_package(quoted):
     pattern = r"\S*".join(map(re.escape, re.split(r"…|damping(?=`|=)", quoted)))
     pattern = re.sub(r"factor_update_steps|weight_decay", r"\\S*", pattern)
     assert any(re.search(pattern, message) for message in messages())
+
+
+def test_the_api_page_has_the_whole_public_api():
+    documented = re.findall(
+        r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.M
+    )
+    names = {path.rpartition(".")[2] for path in documented}
+    public = set(keras_adafisher.__all__)
+    public |= {n for n in plotting.__all__ if not n.isupper()}
+    for module in (analysis, callbacks):
+        public |= {
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", None) == module.__name__
+            and name[0] != "_"
+        }
+    # What `plotting` needs of it.
+    public -= {"as_it_was", "check_kronecker_factors", "loss_evaluator"}
+    assert public <= names
+    # What a path names is there.
+    for path in documented:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
 
 
 def test_readme_sections_that_pages_show_exist():
