@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.colors import SymLogNorm
 from matplotlib.patches import Circle
+from matplotlib.ticker import MaxNLocator
 
 from keras_adafisher import analysis
 from keras_adafisher.plotting.common import COLORS
@@ -112,14 +113,16 @@ def plot_gershgorin(factor, title="", noise=0.1, seed=0):
     integer_ticks(intervals.yaxis)
     intervals.set(xlabel="real part", ylabel="rank")
     # Below: the disks may reach into every corner.
-    intervals.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
+    figure.legend(
+        *intervals.get_legend_handles_labels(),
+        loc="outside lower center",
         ncols=2,
         fontsize="small",
     )
     for axis in (plane.xaxis, plane.yaxis, intervals.xaxis):
+        axis.set_major_locator(MaxNLocator(6))
         axis.get_major_formatter().set_useMathText(True)
+        axis.get_major_formatter().set_powerlimits((-2, 4))
     share = f"{100 * disks.dominated_share:.0f} % of the disks don't contain 0"
     figure.suptitle(f"{title}\n{share}" if title else share)
     return figure

@@ -209,7 +209,9 @@ def _draw_surface(axes, grid, values, norm, is_log):
     )
     # From above, so that valleys and the ways in them are seen.
     axes.view_init(elev=42, azim=-60)
-    axes.set_zlabel("loss")
+    axes.set_zlabel("loss", labelpad=points(8))
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(5))
     if is_log:
         ticks = LogLocator(subs=(1, 3)).tick_values(norm.vmin, norm.vmax)
         ticks = ticks[(ticks >= norm.vmin) & (ticks <= norm.vmax)]
