@@ -18,9 +18,10 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-models test-long mutations bench bench-quick \
-  bench-gpu bench-gpu-tiny quality quality-quick docs dist docs-analysis docs-coverage docs-compatibility \
-  docs-distributed lint format clean \
+.PHONY: demo test test-oldest test-models test-long mutations bench \
+  bench-quick bench-gpu bench-gpu-tiny quality quality-quick docs dist \
+  docs-analysis docs-coverage docs-compatibility docs-distributed docs-gallery \
+  lint format clean \
   $(addprefix test-,$(BACKENDS)) $(addprefix test-oldest-,$(BACKENDS))
 
 demo: $(VENV)/.demo-$(BACKEND)
@@ -134,6 +135,10 @@ docs-coverage: $(VENV)/.test
 # Draws the pictures of docs/analysis.md, and writes its table.
 docs-analysis: $(VENV)/.test
 	$(BIN)/python docs/analysis.py
+
+# Draws the pictures of docs/gallery.md, and writes the page.
+docs-gallery: $(VENV)/.test
+	KERAS_BACKEND=jax $(BIN)/python tools/gallery.py
 
 # Writes docs/compatibility.md.
 docs-compatibility: $(VENV)/.test

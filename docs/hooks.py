@@ -2,10 +2,12 @@
 
 A line of a page that consists of a link to a section of README.md,
 
-    [What is factored](../README.md#what-is-factored)
+    [License](../README.md#license)
 
 is replaced by that section, up to its first heading. On GitHub it is the link,
-on the site the text, and the text exists once.
+on the site the text, and the text exists once. The README names pages by their
+paths, since a relative link is broken where PyPI shows it. Here they become
+links.
 """
 
 import pathlib
@@ -17,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LINK = re.compile(
     r"^\[[^\]]*\]\((?:\.\./)+README\.md#([\w-]+)\)$", re.MULTILINE
 )
+PAGE = re.compile(r"`docs/([\w/]+\.md)`")
 
 
 def on_page_markdown(markdown, page, **_):
@@ -32,8 +35,7 @@ def _section(anchor, up):
         title, _, body = part.partition("\n")
         if _slug(title) == anchor:
             body, _, _ = body.partition("\n### ")
-            # The README's links start at the root, the site's at docs/.
-            return re.sub(r"\]\(docs/", f"]({up}", body.strip("\n"))
+            return PAGE.sub(rf"[`docs/\1`]({up}\1)", body.strip("\n"))
     raise mkdocs.exceptions.PluginError(f"README.md has no section #{anchor}")
 
 

@@ -93,7 +93,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--plots", type=pathlib.Path, default="analysis")
+    parser.add_argument(
+        "--quick", action="store_true", help="less than a minute"
+    )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.epochs = 2
 
     # While they train, callbacks record what the momentum is divided by.
     histories = {
@@ -145,6 +150,15 @@ def main():
     for name, figure in figures.items():
         figure.savefig(arguments.plots / f"{name}.png")
     print(f"Pictures: {', '.join(figures)} in {arguments.plots}")
+    shares = [
+        100 * analysis.diagonal_energy(matrix)
+        for matrix in (second_conv.activation, second_conv.gradient)
+    ]
+    print(
+        f"Shown: in {second_conv.layer}, {shares[0]:.0f} % of the squared norm "
+        f"of H and {shares[1]:.0f} % of that of S are on the diagonals, which "
+        "is what AdaFisher keeps."
+    )
 
 
 if __name__ == "__main__":

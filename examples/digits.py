@@ -83,7 +83,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--plot", default="digits.png")
+    parser.add_argument(
+        "--quick", action="store_true", help="less than a minute"
+    )
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.epochs = 2
 
     table = rich.table.Table(
         title=f"Digits, {arguments.epochs} epochs, {keras.backend.backend()}"
@@ -92,6 +97,7 @@ def main():
     table.add_column("Validation accuracy", justify="right")
     table.add_column("Validation loss", justify="right")
     table.add_column("Seconds", justify="right")
+    losses = {}
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 
     optimizers = {
@@ -109,6 +115,7 @@ def main():
             f"{history['val_loss'][-1]:.4f}",
             f"{seconds:.1f}",
         )
+        losses[name] = history["val_loss"][-1]
         epochs = range(1, arguments.epochs + 1)
         axes.plot(
             epochs,
@@ -129,9 +136,14 @@ def main():
     rich.console.Console().print(table)
 
     axes.set(xlabel="Epoch", ylabel="Loss (log scale)", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(arguments.plot, dpi=150)
     print(f"Loss curves: {arguments.plot}")
+    print(
+        "Shown: one line changes, and the validation loss ends at "
+        f"{losses['AdaFisher']:.4f}, with Adam at {losses['Adam']:.4f}."
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_adafisher.arguments import is_integer
 from keras_adafisher.custom_loops import adafishers
-from keras_adafisher.optimizer import is_integer
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 30
@@ -56,10 +56,14 @@ class Record:
     def edges(self):
         """Float64 array of shape `(31,)`, the edges of the histogram's bins.
 
-        They divide the range from the minimum to the maximum evenly. If there
-        is only one value, they reach from 1/2 below to 1/2 above it.
+        Where no value is negative, the edges have the same ratios: they divide
+        the range from the minimum to the maximum evenly on a logarithmic
+        scale. A bin that would lie below 1e-10 times the maximum reaches to
+        the minimum. Where there are negative values, the bins are as wide as
+        each other. If there is only one value, they reach from 1/2 below to
+        1/2 above it.
         """
-        return np.histogram_bin_edges(self.quantiles[[0, -1]], len(self.counts))
+        return _edges(*self.quantiles[[0, -1]])
 
 
 class DistributionHistory(keras.callbacks.Callback):
@@ -463,12 +467,22 @@ def _summarize(values, epoch, step, parameter, quantity):
     values = values.astype("float64")
     if np.all(np.isfinite(values)):
         quantiles = np.quantile(values, QUANTILES)
-        counts, _ = np.histogram(values, BINS)
+        counts, _ = np.histogram(values, _edges(*quantiles[[0, -1]]))
     else:
         # Training has diverged.
         quantiles = np.full(len(QUANTILES), np.nan)
         counts = np.zeros(BINS, "int64")
     return Record(epoch, step, parameter, quantity, quantiles, counts)
+
+
+def _edges(lowest, highest):
+    """Edges of the bins between the smallest and the largest value."""
+    if lowest < 0 or lowest == highest:
+        return np.histogram_bin_edges([lowest, highest], BINS)
+    edges = np.geomspace(max(lowest, 1e-10 * highest), highest, BINS + 1)
+    # Exactly, and down to 0 if there are zeros.
+    edges[0], edges[-1] = lowest, highest
+    return edges
 
 
 def _row(record):

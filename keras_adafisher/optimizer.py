@@ -9,8 +9,6 @@ wrapper, as gradients, in `apply`, and live here as optimizer variables.
 """
 
 import functools
-import math
-import numbers
 import sys
 import warnings
 import weakref
@@ -18,6 +16,7 @@ import weakref
 import keras
 from keras import ops
 
+from keras_adafisher import arguments
 from keras_adafisher import backend
 from keras_adafisher import steps
 from keras_adafisher.curvature import Factors
@@ -29,7 +28,9 @@ from keras_adafisher.probe import with_probes
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
-class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
+class AdaFisher(
+    backend.Updater, arguments.Hyperparameters, keras.optimizers.Optimizer
+):
     r"""Optimizer that implements the AdaFisher algorithm.
 
     AdaFisher is a second-order method. Where Adam divides the momentum by the
@@ -144,7 +145,10 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             The factors are then measured on all steps that make up an update.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, when it is given or when
+            the attribute of its name is assigned to, or there is no such
+            argument.
+        TypeError: `learning_rate` is a model or its parameters.
     """
 
     def __init__(
@@ -173,61 +177,31 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         name=None,
         **kwargs,
     ):
-        if isinstance(learning_rate, float) and not (
-            0 <= learning_rate < math.inf
-        ):
-            raise ValueError(
-                "Argument `learning_rate` must be a float >= 0. "
-                f"Received: learning_rate={learning_rate}"
-            )
-        _check_decay_rate("beta", beta)
-        _check_decay_rate("gamma_1", gamma_1)
-        _check_decay_rate("gamma_2", gamma_2)
-        _check_decay_rate("rms_decay", rms_decay, optional=True)
-        if normalization not in ("mean", "min_max"):
-            raise ValueError(
-                'Argument `normalization` must be "mean" or "min_max". '
-                f"Received: normalization={normalization}"
-            )
-        if not isinstance(nesterov, bool):
-            raise ValueError(
-                "Argument `nesterov` must be a boolean. "
-                f"Received: nesterov={nesterov}"
-            )
-        _check_decay_rate("adam_beta_2", adam_beta_2)
-        _check_positive("damping", damping)
-        _check_not_negative("epsilon", epsilon)
-        _check_not_negative("adam_epsilon", adam_epsilon)
-        if not is_integer(factor_update_steps) or factor_update_steps < 1:
-            raise ValueError(
-                "Argument `factor_update_steps` must be an integer >= 1. "
-                f"Received: factor_update_steps={factor_update_steps}"
-            )
-        # Keras takes anything here, and the first step would fail or, with a
-        # NaN, destroy the weights.
-        for what, value in (
-            ("weight_decay", weight_decay),
-            # For Keras, 0 is no clipping.
-            ("clipnorm", clipnorm),
-            ("clipvalue", clipvalue),
-            ("global_clipnorm", global_clipnorm),
-        ):
-            _check_not_negative(what, value, optional=True)
-        _check_positive("loss_scale_factor", loss_scale_factor, optional=True)
-        if gradient_accumulation_steps is not None and (
-            not is_integer(gradient_accumulation_steps)
-            or gradient_accumulation_steps < 2
-        ):
-            raise ValueError(
-                "Argument `gradient_accumulation_steps` must be an integer "
-                ">= 2, or `None`. Received: gradient_accumulation_steps="
-                f"{gradient_accumulation_steps}"
-            )
-        if not _is_number(ema_momentum) or not 0 <= ema_momentum <= 1:
-            raise ValueError(
-                "Argument `ema_momentum` must be a float in the range [0, 1]. "
-                f"Received: ema_momentum={ema_momentum}"
-            )
+        arguments.check_names(kwargs)
+        arguments.check_learning_rate(learning_rate)
+        # All of them before Keras makes variables. What is assigned to them
+        # later is checked by the same rules.
+        for what, value in {
+            "beta": beta,
+            "damping": damping,
+            "gamma_1": gamma_1,
+            "gamma_2": gamma_2,
+            "factor_update_steps": factor_update_steps,
+            "epsilon": epsilon,
+            "normalization": normalization,
+            "nesterov": nesterov,
+            "rms_decay": rms_decay,
+            "adam_beta_2": adam_beta_2,
+            "adam_epsilon": adam_epsilon,
+            "weight_decay": weight_decay,
+            "clipnorm": clipnorm,
+            "clipvalue": clipvalue,
+            "global_clipnorm": global_clipnorm,
+            "ema_momentum": ema_momentum,
+            "loss_scale_factor": loss_scale_factor,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+        }.items():
+            arguments.check(what, value)
         if name is None:
             # As Keras names all optimizers. On its own it would begin with
             # "ada_fisher".
@@ -253,17 +227,17 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         self._has_warned = False
         self._has_warned_of_dropped = False
         self._loss_scale = lambda: None
-        self.beta = float(beta)
-        self.damping = float(damping)
-        self.gamma_1 = float(gamma_1)
-        self.gamma_2 = float(gamma_2)
-        self.factor_update_steps = int(factor_update_steps)
-        self.epsilon = float(epsilon)
+        self.beta = beta
+        self.damping = damping
+        self.gamma_1 = gamma_1
+        self.gamma_2 = gamma_2
+        self.factor_update_steps = factor_update_steps
+        self.epsilon = epsilon
         self.normalization = normalization
         self.nesterov = nesterov
-        self.rms_decay = None if rms_decay is None else float(rms_decay)
-        self.adam_beta_2 = float(adam_beta_2)
-        self.adam_epsilon = float(adam_epsilon)
+        self.rms_decay = rms_decay
+        self.adam_beta_2 = adam_beta_2
+        self.adam_epsilon = adam_epsilon
 
     def build(self, variables):
         """Initialize optimizer variables.
@@ -939,8 +913,11 @@ class AdaFisherW(AdaFisher):
 
     `AdaFisher` with another default:
 
-        theta <- theta - learning_rate * (m / (H * S + damping)
+        theta <- theta - learning_rate * (clip(m / F / rms(g / F), -1, 1)
                                           + weight_decay * theta)
+
+    where `F = H * S + damping`. With `rms_decay=None`, as published, the
+    first term is `m / F`.
 
     References:
         - [Martins Gomes et al., ICLR 2025](https://arxiv.org/abs/2405.16397)
@@ -977,12 +954,7 @@ class AdaFisherW(AdaFisher):
         name=None,
         **kwargs,
     ):
-        if weight_decay is None:
-            raise ValueError(
-                "Argument `weight_decay` must be a float. "
-                "Received: weight_decay=None"
-            )
-        _check_not_negative("weight_decay", weight_decay)
+        arguments.check("weight_decay", weight_decay, is_optional=False)
         super().__init__(
             learning_rate=learning_rate,
             beta=beta,
@@ -1039,46 +1011,3 @@ def _past_the_largest(step):
     number corrects nothing.
     """
     return ops.where(step > 0, step, 2.0**31)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_integer(value):
-    """Whether an argument is an integer: `True` isn't."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_positive(name, value, optional=False):
-    if not _is_allowed(value, lambda x: 0 < x < math.inf, optional):
-        raise ValueError(
-            f"Argument `{name}` must be a float > 0. Received: {name}={value}"
-            f"{_or_none(optional)}"
-        )
-
-
-def _check_decay_rate(name, value, optional=False):
-    if not _is_allowed(value, lambda x: 0 <= x < 1, optional):
-        raise ValueError(
-            f"Argument `{name}` must be a float in the range [0, 1). "
-            f"Received: {name}={value}{_or_none(optional)}"
-        )
-
-
-def _check_not_negative(name, value, optional=False):
-    if not _is_allowed(value, lambda x: 0 <= x < math.inf, optional):
-        raise ValueError(
-            f"Argument `{name}` must be a float >= 0. Received: {name}={value}"
-            f"{_or_none(optional)}"
-        )
-
-
-def _is_allowed(value, is_in_range, optional):
-    if value is None:
-        return optional
-    return _is_number(value) and is_in_range(value)
-
-
-def _or_none(optional):
-    return ". `None` is allowed too" if optional else ""

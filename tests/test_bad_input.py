@@ -131,9 +131,133 @@ def test_the_error_says_where_none_is_allowed(optimizer):
         assert ("`None`" in str(error.value)) == takes_none, argument
 
 
-def test_an_argument_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"not recognized: {'momentum'"):
-        keras_adafisher.AdaFisher(momentum=0.9)
+# What other optimizers and the authors' code call them, and slips.
+OTHER_NAMES = {
+    "lr": "`learning_rate`?",
+    "beta_1": "`beta`?",
+    "betas": "`beta`?",
+    "momentum": "`beta`?",
+    "beta_2": "`adam_beta_2` (of parameters without factors)?",
+    "Lambda": "`damping`?",
+    "TCov": "`factor_update_steps`?",
+    "gamma": "`gamma_1` and `gamma_2` (the authors' `gamma=0.8` is "
+    "`gamma_1=0.92` and `gamma_2=0.008`)?",
+    "gammas": "`gamma_1` and `gamma_2` (the authors'",
+    "eps": "`epsilon`?",
+    "dampening": "`damping`?",
+    "learnig_rate": "`learning_rate`?",
+    "clip_norm": "`clipnorm`?",
+    "factor_update_step": "`factor_update_steps`?",
+    "weightdecay": "`weight_decay`?",
+    "ema_overwrite_freq": "`ema_overwrite_frequency`?",
+}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [keras_adafisher.AdaFisher, keras_adafisher.AdaFisherW]
+)
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_arguments_of_another_name(optimizer, name):
+    with pytest.raises(ValueError) as error:
+        optimizer(**{name: 0.9})
+    message = str(error.value)
+    assert message.startswith(f"Argument(s) not recognized: {{'{name}': 0.9}}")
+    assert f". Did you mean {OTHER_NAMES[name]}" in message
+
+
+def test_arguments_that_resemble_none():
+    for name in ("centered", "amsgrad", "initial_accumulator_value"):
+        with pytest.raises(ValueError) as error:
+            keras_adafisher.AdaFisher(**{name: True})
+        assert str(error.value) == (
+            f"Argument(s) not recognized: {{'{name}': True}}"
+        )
+
+
+def test_several_arguments_of_another_name():
+    with pytest.raises(ValueError) as error:
+        keras_adafisher.AdaFisher(lr=0.1, amsgrad=True, Lambda=1e-3)
+    assert str(error.value) == (
+        "Argument(s) not recognized: {'lr': 0.1, 'amsgrad': True, "
+        "'Lambda': 0.001}. For `lr`, did you mean `learning_rate`? "
+        "For `Lambda`, did you mean `damping`?"
+    )
+
+
+def models_and_parameters():
+    model = mlp()
+    yield model
+    yield model.layers[0]
+    yield model.trainable_variables
+    yield tuple(model.trainable_variables)
+    yield {v.path: v for v in model.trainable_variables}
+    # As optimizers of PyTorch take them.
+    yield [{"params": model.trainable_variables, "lr": 0.1}]
+    yield iter(model.trainable_variables)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        yield torch.nn.Linear(2, 3)
+        yield model.parameters()
+        yield list(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "optimizer", [keras_adafisher.AdaFisher, keras_adafisher.AdaFisherW]
+)
+def test_a_model_is_no_learning_rate(optimizer):
+    """The authors' optimizer is given the network."""
+    for wrong in models_and_parameters():
+        with pytest.raises(TypeError) as error:
+            optimizer(wrong)
+        message = str(error.value)
+        assert "Argument `learning_rate` must be a float, a " in message
+        assert "In Keras an optimizer isn't given the model" in message
+        assert "`model.compile(optimizer=AdaFisher())`" in message
+        assert "Received: learning_rate=" in message
+
+
+def test_learning_rates_that_are_none_of_these():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    for right in (0.1, 0.0, np.float64(0.1), schedule, lambda: 0.1):
+        keras_adafisher.AdaFisher(right)
+
+
+@pytest.mark.parametrize("argument", OPTIMIZER_ARGUMENTS)
+def test_values_that_are_assigned_later(argument):
+    """By the rules of the constructor. What was there stays."""
+    optimizer = keras_adafisher.AdaFisher()
+    if argument == "learning_rate":
+        pytest.skip("Keras' own, and a variable")
+    before = getattr(optimizer, argument)
+    allowed, values = OPTIMIZER_ARGUMENTS[argument]
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            setattr(optimizer, argument, value)
+        message = str(error.value)
+        assert f"Argument `{argument}` must be " in message
+        assert allowed in message
+        assert f"Received: {argument}={value}" in message
+        assert getattr(optimizer, argument) is before
+
+
+def test_right_values_that_are_assigned_later():
+    optimizer = keras_adafisher.AdaFisher()
+    for name, given, kept in (
+        ("damping", 2, 2.0),
+        ("factor_update_steps", np.int32(5), 5),
+        ("rms_decay", None, None),
+        ("nesterov", False, False),
+        ("weight_decay", 0.1, 0.1),
+        ("clipnorm", None, None),
+    ):
+        setattr(optimizer, name, given)
+        assert getattr(optimizer, name) == kept
+        assert type(getattr(optimizer, name)) is type(kept)
+    config = optimizer.get_config()
+    assert (config["damping"], config["factor_update_steps"]) == (2.0, 5)
+    copy = keras_adafisher.AdaFisher.from_config(config)
+    assert copy.get_config() == config
 
 
 NO_LAYERS = [
@@ -478,7 +602,14 @@ FUNCTIONS = {
         "parameter": ("kernel", []),
         "quantity": ("fisher", []),
     },
-    plotting.plot_gershgorin: {**SYMMETRIC_FACTOR, **TITLE},
+    plotting.plot_bars: {
+        "histories": ((), [5, None, "history", keras_adafisher.FisherHistory]),
+        "parameter": ("kernel", []),
+        "quantity": ("fisher", []),
+        "moments": (3, COUNTS),
+    },
+    plotting.paper_style: {"columns": (1, [3, *COUNTS])},
+    plotting.plot_gershgorin: {**SYMMETRIC_FACTOR, **TITLE, **NOISE},
     plotting.plot_spectrum: {**SYMMETRIC_FACTOR, **NOISE, **TITLE},
     plotting.plot_factors: {"factors": (None, [None, *NO_FACTORS])},
     plotting.loss_surface_trajectories: {
@@ -494,6 +625,7 @@ FUNCTIONS = {
             [5, (0, 1), ((0, 1), (1, 0)), ((0, NAN), (0, 1)), "abcd"],
         ),
         "resolution": (2, [1, *COUNTS]),
+        "verbose": (0, [2, -1, None, "auto", 0.5]),
     },
     plotting.weight_trajectories: {
         "model": (None, [None, 5, "model", np.ones(3)]),
@@ -505,6 +637,7 @@ FUNCTIONS = {
         ),
         "loss": (None, []),
         "resolution": (2, [1, *COUNTS]),
+        "verbose": (0, [2, -1, None, "auto", 0.5]),
     },
 }
 
@@ -514,7 +647,7 @@ def test_every_argument_of_every_function_is_in_the_table():
         function
         for module in (analysis, plotting)
         for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and name[0] != "_"
+        if function.__module__.startswith(module.__name__) and name[0] != "_"
     }
     # What `plotting` and `wrap` need of the others.
     public -= {

@@ -269,7 +269,7 @@ def test_a_function_without_the_state_of_the_optimizer():
         my_step(trainable, own[:-1])
     assert "`[v.value for v in optimizer.variables]`" in str(error.value)
     assert f"lists of [4, {len(own) - 1}] arrays" in str(error.value)
-    with pytest.raises(ValueError, match="`model.trainable_variables`"):
+    with pytest.raises(ValueError, match=r"`model\.trainable_variables`"):
         my_step(trainable[:3], own)
     trainable, own = my_step(trainable, own)
     assert len(trainable) == 4

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import importlib
 import os
 import pathlib
 import re
@@ -11,6 +12,10 @@ import keras
 import matplotlib
 import pytest
 
+import keras_adafisher
+from keras_adafisher import analysis
+from keras_adafisher import callbacks
+from keras_adafisher import plotting
 from keras_adafisher.wrappers import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,7 +43,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["../README.md", *PAGES])
 def test_python_blocks_run(page, request, tmp_path, monkeypatch):
     """A page is one program. Titles name the backend that a block is for."""
     monkeypatch.setattr(registry, "_WRAPPERS", dict(registry._WRAPPERS))
@@ -47,6 +52,10 @@ def test_python_blocks_run(page, request, tmp_path, monkeypatch):
     with contextlib.chdir(tmp_path), matplotlib.rc_context({"backend": "agg"}):
         for title, code in blocks(page, "python"):
             backend = BACKENDS.get(title, keras.backend.backend())
+            if "training_step" in code and not hasattr(
+                keras_adafisher, "training_step"
+            ):
+                pytest.skip("This version has no `training_step`")
             if backend == keras.backend.backend():
                 exec(compile(code, DOCS / page, "exec"), namespace)
 
@@ -81,6 +90,29 @@ def test_quoted_messages_are_those_of_the_package(quoted):
     assert any(re.search(pattern, message) for message in messages())
 
 
+def test_the_api_page_has_the_whole_public_api():
+    documented = re.findall(
+        r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.M
+    )
+    names = {path.rpartition(".")[2] for path in documented}
+    public = set(keras_adafisher.__all__)
+    public |= {n for n in plotting.__all__ if not n.isupper()}
+    for module in (analysis, callbacks):
+        public |= {
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", None) == module.__name__
+            and name[0] != "_"
+        }
+    # What `plotting` needs of it.
+    public -= {"as_it_was", "check_kronecker_factors", "loss_evaluator"}
+    assert public <= names
+    # What a path names is there.
+    for path in documented:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), path
+
+
 def test_readme_sections_that_pages_show_exist():
     """`make docs` replaces links to sections of the README by the sections."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,9 +130,19 @@ def test_readme_sections_that_pages_show_exist():
 
 
 def test_links_in_the_readme_lead_somewhere():
+    """Where PyPI shows it, no relative link does: one is a figure's."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", readme):
-        assert os.path.exists(ROOT / link), link
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    assert links == ["docs/quality/curves.svg"]
+    for path in [*links, *re.findall(r"`((?:docs|examples)/[^`]*)`", readme)]:
+        assert os.path.exists(ROOT / path), path
+
+
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) < 900
+    assert "make demo" in readme
+    assert "make test" in readme
 
 
 def test_the_versions_of_the_trust_page_are_those_that_are_tested():

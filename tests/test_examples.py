@@ -5,16 +5,24 @@ from processes import run
 from processes import slow_where_compiled
 
 
+def what_was_shown(output):
+    """The last line of an example's output, without its beginning."""
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("Shown: ")
+    return last
+
+
 def test_digits(tmp_path):
     plot = tmp_path / "digits.png"
-    output = run("examples/digits.py", "--epochs=1", f"--plot={plot}")
+    output = run("examples/digits.py", "--quick", f"--plot={plot}")
     # Progress bars, the coverage, and the table with a row per optimizer.
-    assert output.count("val_accuracy:") == 2
+    assert output.count("Epoch 2/2") == 2
     assert "Kronecker factors for 100.00%" in output
     rows = [line for line in output.splitlines() if "%" in line and "│" in line]
     assert [row.split("│")[1].strip() for row in rows] == ["Adam", "AdaFisher"]
     accuracies = [float(row.split("│")[2].strip(" %")) for row in rows]
     assert min(accuracies) > 20
+    assert "the validation loss ends at" in what_was_shown(output)
     assert plot.stat().st_size > 10_000
 
 
@@ -50,36 +58,31 @@ def test_vision_transformer(tmp_path):
     plot = tmp_path / "vision_transformer.png"
     output = run(
         "examples/vision_transformer.py",
-        "--epochs=4",
-        "--depth=1",
+        "--quick",
         f"--plot={plot}",
     )
     assert "Kronecker factors for 100.00%" in output
     names, accuracies, *_ = zip(*rows(output), strict=True)
-    assert names == ("Adam", "AdaFisher")
+    assert names == ("Adam", "AdaFisherW")
     assert min(map(number, accuracies)) > 30
+    assert "a whole transformer has factors" in what_was_shown(output)
     assert plot.stat().st_size > 10_000
 
 
 @slow_where_compiled
 def test_language_model():
-    output = run(
-        "examples/language_model.py",
-        "--epochs=1",
-        "--depth=1",
-        "--characters=100000",
-        "--write=20",
-    )
+    output = run("examples/language_model.py", "--quick")
     assert "Kronecker factors for 100 %" in output
     bits = {name: number(bits) for name, bits, _ in rows(output)}
     # It knows more than how frequent each character is.
-    assert bits["AdaFisher"] < bits["(frequencies)"] < bits["(guessing)"]
+    assert bits["AdaFisherW"] < bits["(frequencies)"] < bits["(guessing)"]
     assert "def " in output.rpartition("writes:")[2]
+    assert "bits per character" in what_was_shown(output)
 
 
 @slow_where_compiled
 def test_transfer_learning():
-    output = run("examples/transfer_learning.py", "--epochs", "3", "5", "3")
+    output = run("examples/transfer_learning.py", "--quick")
     steps, trained, factored, accuracies = zip(*rows(output), strict=True)
     assert steps == ("first task", "the head", "fine-tuning")
     # Only the head trains while the rest is frozen.
@@ -87,21 +90,36 @@ def test_transfer_learning():
     assert set(factored) == {"100 %"}
     # Of five classes.
     assert min(map(number, accuracies)) > 40
+    assert f"by {accuracies[2]} after fine-tuning" in what_was_shown(output)
 
 
 def test_custom_layer():
-    output = run("examples/custom_layer.py", "--epochs=3")
+    output = run("examples/custom_layer.py", "--seeds=1", "--epochs=12")
     assert "no wrapper for GatedDense" in output
-    (_, without, *_), (_, with_wrapper, _, accuracy) = rows(output)
-    assert number(without) < 10
-    assert number(with_wrapper) == 100
-    assert number(accuracy) > 50
+    without, with_wrapper = ([*map(number, r[1:])] for r in rows(output))
+    assert without[0] < 10
+    assert with_wrapper[0] == 100
+    # The wrapper is worth it.
+    assert with_wrapper[1] < without[1]
+    assert with_wrapper[2] > 90
+    assert "100.0 % of the parameters factors" in what_was_shown(output)
+
+
+def test_custom_layer_has_a_quick_run():
+    output = run("examples/custom_layer.py", "--quick")
+    assert "5 epochs, runs: 1" in output
+    assert "the wrapper gives" in what_was_shown(output)
 
 
 @slow_where_compiled
 def test_analysis(tmp_path):
-    output = run("examples/analysis.py", "--epochs=1", f"--plots={tmp_path}")
-    rows = [line for line in output.splitlines() if " % " in line]
+    output = run("examples/analysis.py", "--quick", f"--plots={tmp_path}")
+    assert "of the squared norm of H" in what_was_shown(output)
+    rows = [
+        line
+        for line in output.splitlines()
+        if " % " in line and line.startswith("│")
+    ]
     # Both convolutions and both dense layers.
     assert len(rows) == 4
     pictures = {path.name for path in tmp_path.iterdir()}

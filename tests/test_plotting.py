@@ -3,6 +3,7 @@
 import sys
 
 import keras
+import matplotlib
 import numpy as np
 import pytest
 from keras import ops
@@ -17,6 +18,7 @@ from keras_adafisher import analysis
 from keras_adafisher.callbacks import Record
 
 plotting = pytest.importorskip("keras_adafisher.plotting")
+matrices = pytest.importorskip("keras_adafisher.plotting.matrices")
 
 MATRIX = np.array([[5.0, 1, -1], [1, 3, 0.5], [-1, 0.5, 2]])
 
@@ -46,9 +48,12 @@ def test_histograms_of_adafisher_next_to_those_of_adam():
         parameter="dense/kernel",
     )
     fisher, moment = figure.axes
-    assert (fisher.get_yscale(), moment.get_yscale()) == ("log", "linear")
-    assert fisher.get_ylabel() == "Fisher diagonal of AdaFisher"
-    assert moment.get_ylabel() == "second moment of Adam"
+    assert fisher.get_yscale() == moment.get_yscale() == "log"
+    assert fisher.get_ylabel() == "Fisher diagonal"
+    assert fisher.get_title() == "AdaFisher: Fisher diagonal"
+    assert moment.get_ylabel() == "second moment"
+    assert moment.get_title() == "Adam: second moment"
+    assert figure.get_suptitle() == "dense/kernel"
     for axes, low in ((fisher, 1.0), (moment, 0.0)):
         drawn = lines(axes)
         assert list(drawn) == ["95 %", "50 %", "5 %"]
@@ -65,9 +70,88 @@ def test_histograms_of_adafisher_next_to_those_of_adam():
         )
         corners = columns[1].get_coordinates()
         np.testing.assert_allclose(corners[0, :, 0], [15, 30])
+        # Zeros are in the lowest bin, which is as wide as the next one.
+        first = low or 2e-9
+        edges = np.geomspace(first, low + 20, 31)
+        if not low:
+            edges[0] = edges[1] ** 2 / edges[2]
+        np.testing.assert_allclose(corners[:, 0, 1], edges)
+    # Labels that are plain numbers, and more than one of them.
+    assert {"2", "5", "10", "20"} <= set(tick_labels(fisher.yaxis))
+
+
+def tick_labels(axis):
+    axis.figure.draw_without_rendering()
+    return [label.get_text() for label in axis.get_majorticklabels()]
+
+
+def test_histograms_of_values_below_zero_have_a_linear_axis():
+    history = history_of(keras_adafisher.FisherHistory, "mine", -5.0)
+    figure = plotting.plot_histograms(
+        history, parameter="dense/kernel", quantity="mine"
+    )
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "linear"
+    assert axes.get_title() == "AdaFisher: mine"
+    corners = axes.collections[1].get_coordinates()
+    np.testing.assert_allclose(corners[:, 0, 1], np.linspace(-5, 15, 31))
+
+
+def test_bars_at_some_moments():
+    figure = plotting.plot_bars(
+        history_of(keras_adafisher.FisherHistory, "fisher", 1.0),
+        history_of(
+            keras_adafisher.callbacks.SecondMomentHistory, "second_moment", 0.0
+        ),
+        parameter="dense/kernel",
+        moments=2,
+    )
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "AdaFisher, step 10",
+        "AdaFisher, step 40",
+        "Adam, step 10",
+        "Adam, step 40",
+    ]
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == ["Fisher diagonal"] * 2 + ["second moment"] * 2
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    for axes, low, step in zip(
+        figure.axes, (1.0, 1.0, 0.0, 0.0), (10, 40, 10, 40), strict=True
+    ):
+        heights = [bar.get_height() for bar in axes.patches]
+        np.testing.assert_allclose(heights, 100 * np.arange(30) / 435)
         np.testing.assert_allclose(
-            corners[:, 0, 1], np.linspace(low, low + 20, 31)
+            lines(axes)["median"].get_xdata(), low + 0.5 * step
         )
+        right = axes.patches[-1].get_x() + axes.patches[-1].get_width()
+        np.testing.assert_allclose(right, low + step)
+        # As wide as each other on the logarithmic axis.
+        ratios = [1 + bar.get_width() / bar.get_x() for bar in axes.patches]
+        np.testing.assert_allclose(ratios, ratios[0])
+    # All of a row on the same axes.
+    first, last = figure.axes[:2]
+    assert first.get_xlim() == last.get_xlim() == (1, 41)
+    assert first.get_ylim() == last.get_ylim()
+
+
+def test_as_many_bar_charts_as_there_are_records():
+    history = history_of(keras_adafisher.FisherHistory, "fisher", 1.0)
+    figure = plotting.plot_bars(history, parameter="dense/kernel", moments=9)
+    assert len(figure.axes) == 3
+
+
+def test_records_of_a_training_that_diverged_are_left_out():
+    history = history_of(keras_adafisher.FisherHistory, "fisher", 1.0)
+    nothing = Record(
+        0, 50, "dense/kernel", "fisher", np.full(7, np.nan), np.zeros(30, int)
+    )
+    history.records.append(nothing)
+    figure = plotting.plot_histograms(history, parameter="dense/kernel")
+    assert len(figure.axes[0].collections) == 3
+    history.records[:] = [nothing]
+    with pytest.raises(ValueError, match="records with finite values"):
+        plotting.plot_histograms(history, parameter="dense/kernel")
 
 
 def test_histograms_need_records():
@@ -76,29 +160,75 @@ def test_histograms_need_records():
         plotting.plot_histograms(history, parameter="dense/kernel")
     with pytest.raises(ValueError, match="at least one history"):
         plotting.plot_histograms(parameter="dense/kernel")
+    with pytest.raises(ValueError, match="no records of this parameter"):
+        plotting.plot_bars(history, parameter="dense/kernel")
+    with pytest.raises(ValueError, match="`plot_bars` needs at least one"):
+        plotting.plot_bars(parameter="dense/kernel")
 
 
 def test_gershgorin_plot():
-    figure = plotting.plot_gershgorin(MATRIX, "layer")
+    figure = plotting.plot_gershgorin(MATRIX, "layer", noise=0.2, seed=3)
     plane, intervals = figure.axes
     disks = sorted((c.center[0], c.radius) for c in plane.patches)
     assert disks == [(2, 1.5), (3, 1.5), (5, 2)]
     eigenvalues = np.linalg.eigvalsh(MATRIX)[::-1]
     drawn = lines(plane)["eigenvalues"].get_xdata()
     np.testing.assert_allclose(drawn, eigenvalues)
+    noisy = analysis.spectrum(MATRIX, 0.2, 3).perturbed
+    drawn = lines(plane)["with noise of 0.2"].get_xdata()
+    np.testing.assert_allclose(drawn, noisy)
     drawn = lines(intervals)["eigenvalues, sorted"]
     np.testing.assert_allclose(drawn.get_xdata(), eigenvalues)
+    drawn = lines(intervals)["with noise of 0.2, sorted"]
+    np.testing.assert_allclose(drawn.get_xdata(), noisy)
     (bars,) = intervals.collections[0:1]
     ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
     assert ends == [[3, 7], [1.5, 4.5], [0.5, 3.5]]
-    assert intervals.get_xlabel() == "100 % of the disks don't contain 0"
-    assert figure.get_suptitle() == "layer"
+    assert figure.get_suptitle() == "layer\n100 % of the disks don't contain 0"
+
+
+@pytest.mark.parametrize("rows", [400, 2000])
+def test_gershgorin_plot_of_many_rows(rows):
+    """No disk is drawn by itself, and the eigenvalues are lines."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(rows // 4, rows)) + 0.2
+    figure = plotting.plot_gershgorin(samples.T @ samples / len(samples))
+    plane, intervals, bar = figure.axes
+    assert not plane.patches
+    (image,) = plane.collections
+    density = np.asarray(image.get_array()).reshape(61, 241)
+    assert bar.get_ylabel() == "% of the disks"
+    # All disks hold their centres, which are close to each other.
+    assert density.max() > 99
+    # The widest one reaches to the ends.
+    assert 0 <= density.min() < 1
+    drawn = lines(intervals)["eigenvalues, sorted"]
+    assert drawn.get_linestyle() == "-"
+    assert len(drawn.get_xdata()) == rows
+    assert figure.get_suptitle() == "0 % of the disks don't contain 0"
+
+
+def test_the_density_is_the_share_of_the_disks_that_hold_a_point():
+    size = matrices.MANY + 1
+    figure = plotting.plot_gershgorin(
+        np.diag(np.arange(1.0, size + 1)) + 0.1 * (1 - np.eye(size))
+    )
+    centres, radius = np.arange(1.0, size + 1), 0.1 * (size - 1)
+    (image,) = figure.axes[0].collections
+    density = np.asarray(image.get_array()).reshape(61, 241)
+    x = np.linspace(1 - radius, size + radius, 241)
+    y = np.linspace(-radius, radius, 61)
+    for row, column in ((30, 120), (30, 3), (7, 100), (50, 200)):
+        distances = np.hypot(x[column] - centres, y[row])
+        np.testing.assert_allclose(
+            density[row, column], 100 * np.mean(distances <= radius)
+        )
 
 
 def test_spectrum_plot():
     figure = plotting.plot_spectrum(MATRIX, noise=0.2, seed=3)
     result = analysis.spectrum(MATRIX, 0.2, 3)
-    without, with_noise = figure.axes[0].lines
+    without, with_noise, _ = figure.axes[0].lines
     np.testing.assert_allclose(without.get_ydata(), result.eigenvalues)
     np.testing.assert_allclose(with_noise.get_ydata(), result.perturbed)
     assert "0.2 times" in with_noise.get_label()
@@ -122,7 +252,31 @@ def test_heat_maps_of_factors():
     assert (images[0].norm.vmin, images[0].norm.vmax) == (-5, 5)
     # Zero in the middle of a pixel.
     assert images[2].get_extent() == [-1.5, 1.5, 1.5, -1.5]
-    assert figure.axes[1].get_title().startswith("S: 100 % of the energy")
+    h, s, h_below, s_below = figure.axes[:4]
+    assert s.get_title() == (
+        "S, second moment of the gradients at the outputs:\n"
+        "100 % of its squared norm is on the diagonal"
+    )
+    assert (h.get_xlabel(), s.get_ylabel()) == ("input", "output")
+    assert h_below.get_xlabel() == s_below.get_ylabel() == "frequency"
+    bars = [axes for axes in figure.axes if not axes.images]
+    assert bars[0].get_ylabel() == "entry, as a share of 5"
+    assert tick_labels(bars[0].yaxis) == ["−1", "−0.1", "0", "0.1", "1"]
+    for axes in (h, s, h_below, s_below):
+        for axis in (axes.xaxis, axes.yaxis):
+            assert all(
+                label.lstrip("−").isdigit() for label in tick_labels(axis)
+            )
+
+
+def test_large_and_small_entries_are_powers_of_ten():
+    factors = analysis.KroneckerFactors(
+        "dense", ("dense/kernel",), 3.21e-8 * np.eye(3), 4e5 * np.eye(4), None
+    )
+    figure = plotting.plot_factors(factors)
+    labels = [axes.get_ylabel() for axes in figure.axes if not axes.images]
+    assert labels[0] == r"entry, as a share of $3.2 \cdot 10^{-8}$"
+    assert labels[2] == r"entry, as a share of $4.0 \cdot 10^{5}$"
 
 
 def bowl(x, y):
@@ -174,6 +328,99 @@ def test_trajectories_on_a_surface():
     np.testing.assert_array_equal(lines(plane)["start"].get_xydata(), [[-4, 2]])
     styles = [(li.get_linestyle(), li.get_marker()) for li in curves.lines]
     assert len(set(styles)) == 2
+    assert all(
+        label.lstrip("−").isdigit() for label in tick_labels(curves.xaxis)
+    )
+
+
+def test_start_ends_and_optimum_are_marked():
+    figure = plotting.loss_surface_trajectories(
+        lambda x, y: (x - 1) ** 2 / 10 + (y + 2) ** 2 + 0.1,
+        {
+            "SGD": keras.optimizers.SGD(0.1),
+            "Adam": keras.optimizers.Adam(0.1),
+        },
+        start=(-4.0, 2.0),
+        steps=25,
+        resolution=30,
+    )
+    plane, _, space = figure.axes[:3]
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["SGD", "Adam", "start", "optimum", "end"]
+    for axes in (plane, space):
+        drawn = lines(axes)
+        assert {"SGD", "Adam", "start", "optimum"} <= set(drawn)
+        point = drawn["optimum"].get_xydata()[0]
+        if axes is space:
+            point = np.ravel(drawn["optimum"].get_data_3d())[:2]
+        np.testing.assert_allclose(point, [1, -2], atol=1e-2)
+    # In view, although no way comes near it.
+    assert plane.get_xlim()[0] < -4 < 1 < plane.get_xlim()[1]
+    assert plane.get_ylim()[0] < -2 < 2 < plane.get_ylim()[1]
+    ends = [
+        line.get_xydata()[0]
+        for line in plane.lines
+        if line.get_markeredgecolor() == "black"
+        and line.get_label().startswith("_")
+    ]
+    paths = [lines(plane)[name].get_xydata()[-1] for name in ("SGD", "Adam")]
+    np.testing.assert_array_equal(ends, paths)
+
+
+def test_a_surface_that_goes_on_downwards_has_no_optimum():
+    figure = plotting.loss_surface_trajectories(
+        lambda x, y: x + y**2,
+        {"SGD": keras.optimizers.SGD(0.1)},
+        start=(0.0, 1.0),
+        steps=2,
+        resolution=5,
+    )
+    assert "optimum" not in lines(figure.axes[0])
+
+
+def test_the_surface_in_three_dimensions():
+    """On the scale of the losses, from positions to heights."""
+    figure = plotting.loss_surface_trajectories(
+        lambda x, y: x**2 + y**2 + 0.01,
+        {"SGD": keras.optimizers.SGD(0.1)},
+        start=(3.0, 4.0),
+        steps=2,
+        resolution=20,
+    )
+    space = figure.axes[2]
+    assert space.name == "3d"
+    labels = space.get_xlabel(), space.get_ylabel(), space.get_zlabel()
+    assert labels == ("x", "y", "loss")
+    x, y, z = lines(space)["SGD"].get_data_3d()
+    np.testing.assert_allclose(z, np.log10(x**2 + y**2 + 0.01), rtol=1e-5)
+    shown = {label.get_text() for label in space.get_zticklabels()}
+    assert {"0.1", "1", "10"} <= shown
+
+
+def test_progress_is_shown(capsys):
+    arguments = (bowl, {"SGD": keras.optimizers.SGD(0.1)}, (1.0, 1.0))
+    plotting.loss_surface_trajectories(*arguments, steps=3, resolution=3)
+    assert "3/3" in capsys.readouterr().out
+    arguments = (bowl, {"SGD": keras.optimizers.SGD(0.1)}, (1.0, 1.0))
+    plotting.loss_surface_trajectories(
+        *arguments, steps=3, resolution=3, verbose=0
+    )
+    assert "3/3" not in capsys.readouterr().out
+
+
+def test_figures_of_a_paper(tmp_path):
+    with plotting.paper_style():
+        figure = plotting.plot_spectrum(MATRIX)
+        figure.savefig(tmp_path / "narrow.svg")
+        assert matplotlib.rcParams["font.size"] == 7
+    assert figure.get_figwidth() == 3.35
+    assert matplotlib.rcParams["font.size"] == 10
+    with plotting.paper_style(columns=2):
+        assert plotting.plot_spectrum(MATRIX).get_figwidth() == 6.95
+    assert plotting.plot_spectrum(MATRIX).get_figwidth() > 5
+    # Text stays text.
+    assert ">eigenvalue</text>" in (tmp_path / "narrow.svg").read_text()
 
 
 def test_limits_of_a_surface():
@@ -198,7 +445,7 @@ def test_limits_of_a_surface():
 
 
 @pytest.mark.parametrize("loss", [None, cross_entropy()])
-def test_trajectories_of_weights(loss):
+def test_trajectories_of_weights(loss, capsys):
     """On a known plane: both paths are made of two directions."""
     model = mlp()
     model.compile("sgd", loss=cross_entropy())
@@ -223,6 +470,8 @@ def test_trajectories_of_weights(loss):
     figure = plotting.weight_trajectories(
         model, x, y, trajectories, loss=loss, resolution=4
     )
+    # Of all snapshots, and of the grid.
+    assert "22/22" in capsys.readouterr().out
     for array, before in zip(model.get_weights(), start, strict=True):
         np.testing.assert_array_equal(array, before)
 
@@ -249,6 +498,10 @@ def test_trajectories_of_weights(loss):
         [lines(plane)[name].get_xydata() for name in trajectories]
     )
     shares = 100 * drawn.var(axis=0) / drawn.var(axis=0).sum()
+    assert tick_labels(curves.xaxis)
+    assert all(
+        label.lstrip("−").isdigit() for label in tick_labels(curves.xaxis)
+    )
     labels = plane.get_xlabel(), plane.get_ylabel()
     assert labels == tuple(
         f"principal component {i + 1} ({share:.0f} % of the variance)"

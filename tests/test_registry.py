@@ -1,5 +1,3 @@
-import pathlib
-import re
 import warnings
 
 import keras
@@ -12,6 +10,7 @@ from models import product_loss
 from models import to_numpy
 
 import keras_adafisher
+from keras_adafisher.wrappers import DenseBlock
 from keras_adafisher.wrappers import find_wrapper
 from keras_adafisher.wrappers import registry
 from keras_adafisher.wrappers.dense import DenseWrapper
@@ -102,14 +101,27 @@ def test_a_quantized_layer_has_none():
     assert reason == "quantized to int8"
 
 
-def test_the_readmes_wrapper_for_a_layer_of_ones_own(rng):
-    readme = pathlib.Path(__file__).parent.parent / "README.md"
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    (example,) = (block for block in blocks if "register_wrapper" in block)
-    names = {}
-    exec(example, names)
+def test_a_wrapper_for_a_layer_of_ones_own(rng, monkeypatch):
+    monkeypatch.setattr(registry, "_WRAPPERS", dict(registry._WRAPPERS))
 
-    layer = names["TanhDense"]()
+    class TanhDense(keras.layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 2), name="kernel")
+
+        def call(self, inputs):
+            return keras.ops.tanh(keras.ops.matmul(inputs, self.kernel))
+
+    @keras_adafisher.register_wrapper(TanhDense)
+    class TanhDenseWrapper(keras_adafisher.LayerWrapper):
+        def make_blocks(self):
+            inputs, outputs = self.host.kernel.shape
+            return [DenseBlock(self.host.kernel, None, inputs, outputs)]
+
+        def call(self, inputs):
+            z = keras.ops.matmul(inputs, self.host.kernel)
+            return keras.ops.tanh(self.tap(z, inputs))
+
+    layer = TanhDense()
     model = keras.Sequential([keras.Input((3,)), layer])
     assert keras_adafisher.coverage(model).factored_fraction == 1.0
     x = rng.normal(size=(4, 3)).astype("float32")

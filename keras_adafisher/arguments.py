@@ -1,0 +1,276 @@
+"""What the arguments of the optimizer may be, and what an error says else.
+
+One table, `RULES`, serves the constructor and what is assigned later.
+"""
+
+import collections.abc
+import dataclasses
+import difflib
+import math
+import numbers
+
+import keras
+
+
+def is_integer(value):
+    """Whether an argument is an integer: `True` isn't."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value):
+    """Whether an argument is a real number: `True` isn't."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which values an argument may have.
+
+    Attributes:
+        allowed: String, what an error says after "must be".
+        is_allowed: Callable from a value to a bool.
+        kind: What a value is converted to: Keras' own arguments stay as they
+            are. Defaults to `None`, no conversion.
+        is_optional: Bool, whether `None` is allowed too. Defaults to `False`.
+    """
+
+    allowed: str
+    is_allowed: collections.abc.Callable
+    kind: type | None = None
+    is_optional: bool = False
+
+    def checked(self, name, value):
+        """The value to keep.
+
+        Args:
+            name: String, the argument's name.
+            value: What was given.
+
+        Returns:
+            The value, converted.
+
+        Raises:
+            ValueError: The value isn't allowed.
+        """
+        if value is None and self.is_optional:
+            return None
+        if value is None or not self.is_allowed(value):
+            none = ". `None` is allowed too" if self.is_optional else ""
+            raise ValueError(
+                f"Argument `{name}` must be {self.allowed}. "
+                f"Received: {name}={value}{none}"
+            )
+        return value if self.kind is None else self.kind(value)
+
+
+def _decay_rate(**options):
+    return Rule(
+        "a float in the range [0, 1)",
+        lambda value: is_number(value) and 0 <= value < 1,
+        **options,
+    )
+
+
+def _positive(**options):
+    return Rule(
+        "a float > 0",
+        lambda value: is_number(value) and 0 < value < math.inf,
+        **options,
+    )
+
+
+def _not_negative(**options):
+    return Rule(
+        "a float >= 0",
+        lambda value: is_number(value) and 0 <= value < math.inf,
+        **options,
+    )
+
+
+def _integer(least, **options):
+    return Rule(
+        f"an integer >= {least}",
+        lambda value: is_integer(value) and value >= least,
+        **options,
+    )
+
+
+RULES = {
+    "beta": _decay_rate(kind=float),
+    "damping": _positive(kind=float),
+    "gamma_1": _decay_rate(kind=float),
+    "gamma_2": _decay_rate(kind=float),
+    "factor_update_steps": _integer(1, kind=int),
+    "epsilon": _not_negative(kind=float),
+    "normalization": Rule(
+        '"mean" or "min_max"', lambda value: value in ("mean", "min_max")
+    ),
+    "nesterov": Rule("a boolean", lambda value: isinstance(value, bool)),
+    "rms_decay": _decay_rate(kind=float, is_optional=True),
+    "adam_beta_2": _decay_rate(kind=float),
+    "adam_epsilon": _not_negative(kind=float),
+    # Keras takes anything below, and the first step would fail or, with a NaN,
+    # destroy the weights.
+    "weight_decay": _not_negative(is_optional=True),
+    # For Keras, 0 is no clipping.
+    "clipnorm": _not_negative(is_optional=True),
+    "clipvalue": _not_negative(is_optional=True),
+    "global_clipnorm": _not_negative(is_optional=True),
+    "ema_momentum": Rule(
+        "a float in the range [0, 1]",
+        lambda value: is_number(value) and 0 <= value <= 1,
+    ),
+    "loss_scale_factor": _positive(is_optional=True),
+    "gradient_accumulation_steps": _integer(2, is_optional=True),
+}
+
+_WITHOUT_RULE = (
+    "learning_rate",
+    "use_ema",
+    "ema_overwrite_frequency",
+    "name",
+)
+
+# What other optimizers, and the authors' code, call them.
+_GAMMAS = (
+    "`gamma_1` and `gamma_2` (the authors' `gamma=0.8` is `gamma_1=0.92` and "
+    "`gamma_2=0.008`)"
+)
+_OTHER_NAMES = {
+    "lr": "`learning_rate`",
+    "beta1": "`beta`",
+    "beta_1": "`beta`",
+    "betas": "`beta`",
+    "momentum": "`beta`",
+    "beta2": "`adam_beta_2` (of parameters without factors)",
+    "beta_2": "`adam_beta_2` (of parameters without factors)",
+    "lambda": "`damping`",
+    "tcov": "`factor_update_steps`",
+    "gamma": _GAMMAS,
+    "gammas": _GAMMAS,
+    "eps": "`epsilon`",
+}
+
+
+class Hyperparameter:
+    """An attribute of an optimizer whose values are checked.
+
+    It has no `__get__`, so that reading the attribute finds the value in the
+    instance, as it does for any other attribute.
+    """
+
+    def __init__(self, name):
+        self.name = name
+
+    def __set__(self, instance, value):
+        vars(instance)[self.name] = RULES[self.name].checked(self.name, value)
+
+
+class Hyperparameters:
+    """Base class of optimizers: what is assigned later is checked, too."""
+
+
+for _name in RULES:
+    setattr(Hyperparameters, _name, Hyperparameter(_name))
+
+
+def check(name, value, is_optional=None):
+    """Raise a `ValueError` if an argument's value isn't allowed.
+
+    Args:
+        name: String, a key of `RULES`.
+        value: What was given.
+        is_optional: Bool. Defaults to what the rule says.
+
+    Raises:
+        ValueError: The value isn't allowed.
+    """
+    rule = RULES[name]
+    if is_optional is not None:
+        rule = dataclasses.replace(rule, is_optional=is_optional)
+    rule.checked(name, value)
+
+
+def check_learning_rate(value):
+    """Refuse what Keras would take for a learning rate.
+
+    Args:
+        value: The argument `learning_rate`.
+
+    Raises:
+        TypeError: It is a model, a layer or parameters. The authors' code, and
+            optimizers of PyTorch, are given such as their first argument. A
+            layer is callable, and so a learning rate to Keras.
+        ValueError: It is a negative float, infinite or NaN.
+    """
+    if _is_model_or_parameters(value):
+        raise TypeError(
+            "Argument `learning_rate` must be a float, a "
+            "`LearningRateSchedule` or a callable without arguments. In Keras "
+            "an optimizer isn't given the model or its parameters: "
+            "`model.compile(optimizer=AdaFisher())` wraps the model, and the "
+            "optimizer gets its variables when it is built. In a custom "
+            "training loop, call `keras_adafisher.wrap(model)` and "
+            "`optimizer.build(model.trainable_variables)`. "
+            f"Received: learning_rate={value} (of type {type(value)})"
+        )
+    if isinstance(value, float) and not 0 <= value < math.inf:
+        raise ValueError(
+            "Argument `learning_rate` must be a float >= 0. "
+            f"Received: learning_rate={value}"
+        )
+
+
+def _is_model_or_parameters(value):
+    # The latter is the method of a `torch.nn.Module`.
+    if isinstance(value, keras.layers.Layer) or hasattr(value, "parameters"):
+        return True
+    if isinstance(value, collections.abc.Iterator):
+        # `module.parameters()`
+        return True
+    if isinstance(value, (list, tuple, dict)):
+        entries = value.values() if isinstance(value, dict) else value
+        return any(
+            # Variables of Keras and TensorFlow, PyTorch's parameters, and its
+            # groups of parameters.
+            hasattr(entry, "assign")
+            or hasattr(entry, "requires_grad")
+            or isinstance(entry, dict)
+            for entry in entries
+        )
+    return False
+
+
+def check_names(unknown):
+    """Refuse keyword arguments that there are none of.
+
+    Args:
+        unknown: Dict of what the constructor was given besides its arguments.
+
+    Raises:
+        ValueError: There is one that Keras doesn't know either. The error says
+            which argument may have been meant.
+    """
+    # Keras warns of it.
+    unknown = {name: v for name, v in unknown.items() if name != "decay"}
+    if not unknown:
+        return
+    suggested = {name: _meant(name) for name in unknown}
+    suggested = {name: meant for name, meant in suggested.items() if meant}
+    if len(unknown) == 1:
+        hint = "".join(f". Did you mean {m}?" for m in suggested.values())
+    else:
+        hint = "".join(
+            f". For `{name}`, did you mean {meant}?"
+            for name, meant in suggested.items()
+        ).replace("?.", "?")
+    raise ValueError(f"Argument(s) not recognized: {unknown}{hint}")
+
+
+def _meant(name):
+    """What a name that isn't an argument's stands for, or `None`."""
+    if name.lower() in _OTHER_NAMES:
+        return _OTHER_NAMES[name.lower()]
+    known = [*RULES, *_WITHOUT_RULE]
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
+    return f"`{close[0]}`" if close else None
