@@ -4,8 +4,8 @@
   if an earlier `compile` wrapped it and the optimizer is another one. Layers
   that it shares with another model that an AdaFisher trains stay wrapped.
 - `Model.make_train_function` makes a training step (`steps.py`) of the model's
-  `train_step` if it trains with an AdaFisher, and builds the optimizer before
-  the step is traced.
+  `train_step` if it trains with an AdaFisher, builds the optimizer before the
+  step is traced, and has it traced anew if somebody has changed a setting.
 - `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
   while a training step runs. Keras' trainers, and `train_step`s of one's own,
   take what they differentiate from there.
@@ -20,6 +20,7 @@ import weakref
 
 import keras
 
+from keras_adafisher.arguments import RULES
 from keras_adafisher.custom_loops import adafishers
 from keras_adafisher.custom_loops import run_step
 from keras_adafisher.probe import probes_of
@@ -31,6 +32,8 @@ from keras_adafisher.wrap import wrap
 
 # The models that `compile` has wrapped.
 _wrapped = weakref.WeakSet()
+# The settings of their AdaFishers with which steps were traced.
+_traced_settings = weakref.WeakKeyDictionary()
 
 
 def install():
@@ -94,8 +97,11 @@ def _hooked_make_train_function(make_train_function):
     @functools.wraps(make_train_function)
     def make_of_training_step(self, *args, **kwargs):
         optimizers = _optimizers_of(self)
-        if not any(adafishers(*optimizers)):
+        inner = list(adafishers(*optimizers))
+        if not inner:
             return make_train_function(self, *args, **kwargs)
+        for adafisher in inner:
+            adafisher.check_that_layers_are_wrapped()
         # TensorFlow's trainer builds the optimizer while it traces the step,
         # and a `tf.function` that has made variables is traced once more.
         optimizer = getattr(self, "optimizer", None)
@@ -105,6 +111,14 @@ def _hooked_make_train_function(make_train_function):
                 optimizer.build(self.trainable_variables)
         if keras.backend.backend() == "torch":
             return make_train_function(self, *args, **kwargs)
+        # A step that is traced has the numbers of when it was.
+        settings = [
+            {name: getattr(adafisher, name) for name in RULES}
+            for adafisher in inner
+        ]
+        if _traced_settings.get(self, settings) != settings:
+            kwargs["force"] = True
+        _traced_settings[self] = settings
         train_step = self.train_step
 
         @functools.wraps(train_step)

@@ -23,6 +23,7 @@ from keras_adafisher.curvature import Factors
 from keras_adafisher.curvature import FisherDiagonal
 from keras_adafisher.mean_squares import MeanSquares
 from keras_adafisher.probe import probe_of
+from keras_adafisher.probe import probes_at
 from keras_adafisher.probe import probes_of
 from keras_adafisher.probe import with_probes
 
@@ -546,13 +547,20 @@ class AdaFisher(
             ValueError: The optimizer doesn't know the variable, or updates it
                 by AdamW's rule.
         """
-        index = self._index_of(variable) if self.built else None
+        if not self.built:
+            raise ValueError(
+                f"Optimizer '{self.name}' has no Kronecker factors yet. Train "
+                "a step first, or build it: "
+                "`optimizer.build(model.trainable_variables)`."
+            )
+        index = self._index_of(variable)
         if index is None or not self._fishers[index]:
+            name = getattr(variable, "path", variable)
             raise ValueError(
                 "Argument `variable` must be a variable that the optimizer "
                 "has Kronecker factors for. "
                 "`keras_adafisher.coverage(model)` lists them. "
-                f"Received: variable={variable}"
+                f"Received: variable={name}"
             )
         return ops.broadcast_to(self._fisher(index), variable.shape)
 
@@ -613,6 +621,25 @@ class AdaFisher(
         """
         for probe in probes:
             probe.optimizers.discard(self)
+
+    def check_that_layers_are_wrapped(self):
+        """Raise a `ValueError` if `unwrap` has taken the wrappers off.
+
+        Then nothing would be measured any more, and the factors would stay.
+        """
+        if not self.built:
+            return
+        lost = [
+            curvature.block.parameters[0].path
+            for curvature in self._curvatures
+            if curvature.probe not in probes_at(curvature.block.parameters[0])
+        ]
+        if lost:
+            raise ValueError(
+                f"Optimizer '{self.name}' measures for {', '.join(lost)}, but "
+                "the layers aren't wrapped any more. Call `model.compile` with "
+                "a new optimizer before you train on."
+            )
 
     def set_loss_scale(self, variable):
         """Say by what the loss is multiplied, beside `loss_scale_factor`.

@@ -209,7 +209,7 @@ def custom_loop(
     state = pack(*([v.value for v in variables] for variables in lists))
     x, y = data()
     for start in range(0, 40, 4):
-        loss, state = step(state, x[start : start + 4], y[start : start + 4])
+        _, state = step(state, x[start : start + 4], y[start : start + 4])
     return [np.array(value) for value in jax.tree.leaves(state)]
 
 

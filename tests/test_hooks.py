@@ -140,3 +140,41 @@ def test_keras_still_sees_no_override_of_compile():
 def test_a_wrong_optimizer_gets_keras_error():
     with pytest.raises(ValueError, match="Could not interpret optimizer"):
         mlp().compile(optimizer=3, loss="mse")
+
+
+def test_training_after_unwrap_is_an_error():
+    """Or the factors would stay as they are, without a word."""
+    x, y = data()
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.fit(x, y, verbose=0)
+    keras_adafisher.unwrap(model)
+    assert model.evaluate(x, y, verbose=0) > 0
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match="aren't wrapped any more"):
+            train(x, y)
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("damping", 0.1), ("factor_update_steps", 1), ("weight_decay", 0.3)],
+)
+def test_a_setting_that_is_changed_between_two_fits_counts(name, value):
+    """As `learning_rate` does, though the step is compiled already."""
+    x, y = data()
+    ends = []
+    for compiles_again in (False, True):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisher()
+        model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, shuffle=False, verbose=0)
+        setattr(optimizer, name, value)
+        if compiles_again:
+            model.compile(optimizer, loss=cross_entropy())
+        model.fit(x, y, shuffle=False, verbose=0)
+        ends.append(model.get_weights())
+    for kept, compiled in zip(*ends, strict=True):
+        np.testing.assert_array_equal(kept, compiled)

@@ -262,7 +262,7 @@ class ByHand(keras.Model):
         def train_step(self, data):
             import tensorflow as tf
 
-            x, y = data
+            x, y, *_ = data
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x, y, self(x, training=True))
             variables = self.trainable_variables
@@ -293,7 +293,7 @@ class ByHand(keras.Model):
         def train_step(self, data):
             import torch
 
-            x, y = data[:2]
+            x, y, *_ = data
             loss = self.compute_loss(x, y, self(x, training=True))
             self.zero_grad()
             loss.backward()
@@ -567,7 +567,7 @@ class Filtered(ByHand):
         def train_step(self, data):
             import tensorflow as tf
 
-            x, y = data
+            x, y, *_ = data
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x, y, self(x, training=True))
             variables = [
