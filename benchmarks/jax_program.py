@@ -5,7 +5,6 @@ import re
 import jax
 
 import keras_adafisher
-from keras_adafisher.custom_loops import adafishers
 
 
 def state_of(model):
@@ -21,15 +20,17 @@ def state_of(model):
     )
 
 
+def step_of(model):
+    """The function that a compiled model's `fit` compiles."""
+    return keras_adafisher.training_step(model.optimizer)(model.train_step)
+
+
 def compiled_step(model, x, y):
     """The compiled training step of a compiled model, for one batch."""
     data = x, y, None
     model._symbolic_build(data_batch=data)
-    step = model.train_step
-    if any(adafishers(model.optimizer)):
-        step = keras_adafisher.training_step(model.optimizer)(step)
     # As `make_train_function` does it.
-    step = jax.jit(step, donate_argnums=0)
+    step = jax.jit(step_of(model), donate_argnums=0)
     return step.lower(state_of(model), data).compile()
 
 

@@ -114,6 +114,9 @@ class Probe:
             Float32 tensor of shape `(1 + entries of H,)`.
         """
         statistic = self.block.activation_statistic(h)
+        # Split like the layer, whatever becomes of it: otherwise the compiler
+        # may choose that its input is whole, and gather that at each step.
+        statistic = backend.keep_layout_of(statistic, self.block.parameters[:1])
         return self._join([np.ones(1, "float32"), statistic])
 
     def measure_gradients(self, s):
@@ -126,6 +129,10 @@ class Probe:
             Float32 tensor of the remaining entries.
         """
         statistic = self.block.gradient_statistic(s)
+        shares_gradient = self.block.bias_gradient_shape is None
+        statistic = backend.keep_layout_of(
+            statistic, self.block.parameters[: 2 if shares_gradient else 1]
+        )
         gradient, bias_gradient = self.block.split_gradient(statistic)
         parts = (
             [gradient] if bias_gradient is None else [gradient, bias_gradient]
@@ -133,7 +140,12 @@ class Probe:
         return self._join(parts)
 
     def _join(self, parts):
-        parts = [backend.reshape(part, (-1,)) for part in parts]
+        # Whole on each device, one by one: pieces of split parts don't fit
+        # together.
+        parts = [
+            backend.keep_layout(backend.reshape(part, (-1,)), self.variable)
+            for part in parts
+        ]
         vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
         return vector * ANSWER_SCALE
 

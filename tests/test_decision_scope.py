@@ -362,3 +362,32 @@ def test_measuring_at_every_step_takes_no_condition():
 
     every = keras_adafisher.AdaFisher(factor_update_steps=1)
     assert conditionals(program(every, blocks=2)) == 0
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's graphs")
+@pytest.mark.parametrize(("scope", "count"), [("layer", 4), ("step", 1)])
+def test_conditions_in_a_graph(scope, count):
+    """With "layer" one for each of two layers, and two in the update."""
+    import tensorflow as tf
+
+    keras_adafisher.set_decision_scope(scope)
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 6))])
+    @keras_adafisher.training_step(optimizer)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True))
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    graph = step.get_concrete_function().graph.as_graph_def()
+    nodes = [
+        *graph.node,
+        *(n for function in graph.library.function for n in function.node_def),
+    ]
+    found = [n for n in nodes if n.op in ("If", "StatelessIf")]
+    assert len(found) == count

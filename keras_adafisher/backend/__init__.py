@@ -22,6 +22,7 @@ from keras_adafisher.backend.common import has_accelerator
 from keras_adafisher.backend.common import HOW_TO_MEASURE
 from keras_adafisher.backend.common import in_replica
 from keras_adafisher.backend.common import keep_layout
+from keras_adafisher.backend.common import keep_layout_of
 from keras_adafisher.backend.common import keep_random_state
 from keras_adafisher.backend.common import make_probe_tensor
 from keras_adafisher.backend.common import mean_square
@@ -47,6 +48,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import has_accelerator
     from keras_adafisher.backend.jax import keep_layout
+    from keras_adafisher.backend.jax import keep_layout_of
     from keras_adafisher.backend.jax import part
     from keras_adafisher.backend.jax import run_step
     from keras_adafisher.backend.jax import sum_min_max
@@ -62,6 +64,7 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import in_replica
     from keras_adafisher.backend.tensorflow import mean_square
     from keras_adafisher.backend.tensorflow import pointwise_conv
+    from keras_adafisher.backend.tensorflow import run_step
     from keras_adafisher.backend.tensorflow import step_number
     from keras_adafisher.backend.tensorflow import sum_over_replicas
     from keras_adafisher.backend.tensorflow import tap
@@ -105,6 +108,7 @@ __all__ = [
     "has_accelerator",
     "in_replica",
     "keep_layout",
+    "keep_layout_of",
     "keep_random_state",
     "make_probe_tensor",
     "mean_square",

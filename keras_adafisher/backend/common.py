@@ -188,6 +188,18 @@ def keep_layout(tensor, variable):
     return tensor
 
 
+def keep_layout_of(tensor, parameters):
+    """`tensor`, laid out over devices like parameters that it belongs to.
+
+    Args:
+        tensor: Tensor.
+        parameters: List of variables. An axis of the tensor is split as those
+            axes of theirs are that it meets in broadcasting, if they have its
+            size and agree.
+    """
+    return tensor
+
+
 def constant(values, dtype):
     """What a traced function takes as a constant.
 

@@ -110,7 +110,9 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
     def run(mode):
         with make_step(mode, wanted, values):
             args, kwargs = state.with_probes()
-            return state.without_probes(function(*args, **kwargs))
+            return state.laid_out(
+                state.without_probes(function(*args, **kwargs))
+            )
 
     if not isinstance(measures, jax.core.Tracer):
         return run("measure" if measures else "plain")
@@ -148,6 +150,7 @@ class _State:
     def __init__(self, optimizers, function, args, kwargs):
         self._arguments = args, kwargs
         self._lists = []
+        self._variables = []
         self.mapping = []
         for optimizer in optimizers:
             if not optimizer.built:
@@ -167,6 +170,7 @@ class _State:
                     function, "optimizer.variables", optimizer, args, kwargs
                 )
             self.mapping += zip(optimizer.variables, values, strict=True)
+            self._variables += [optimizer.variables, weights]
             if not probes:
                 continue
             if self._find(weights) is None:
@@ -207,6 +211,24 @@ class _State:
                 results,
                 weights + probes,
                 lambda node, count=count: node[:count],
+            )
+        return results
+
+    def laid_out(self, results):
+        """What the step returned, with values laid out like variables.
+
+        In a branch, the compiler may choose another layout, and send the
+        values to where they belong behind it.
+        """
+        if keras.distribution.distribution() is None:
+            return results
+        for variables in self._variables:
+            results = _replace(
+                results,
+                _shapes(variables),
+                lambda node, variables=variables: type(node)(
+                    map(keep_layout, node, variables)
+                ),
             )
         return results
 
@@ -308,6 +330,26 @@ def sum_min_max(x, low, high):
         ),
         dimensions=(1,),
     )
+
+
+def keep_layout_of(tensor, parameters):
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return tensor
+    # For each axis what the parameters say of it.
+    found = [set() for _ in tensor.shape]
+    for parameter in parameters:
+        sharding = _sharding_of(parameter, distribution)
+        rank = len(parameter.shape)
+        # Trailing axes that aren't split may be left out.
+        names = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
+        # From the last axis on.
+        for axis in range(1, min(rank, len(tensor.shape)) + 1):
+            has_axis = tensor.shape[-axis] == parameter.shape[-axis]
+            found[-axis].add(names[-axis] if has_axis else None)
+    axes = [names.pop() if len(names) == 1 else None for names in found]
+    layout = NamedSharding(sharding.mesh, PartitionSpec(*axes))
+    return keras.distribution.distribute_tensor(tensor, layout)
 
 
 def whole_layout(parameter):

@@ -66,6 +66,26 @@ def tap(z, h, probe, request):
     return identity(z, tf.convert_to_tensor(probe.variable.value))
 
 
+def run_step(make_step, inner, optimizers, function, args, kwargs, once):
+    def run(mode):
+        with make_step(mode):
+            return function(*args, **kwargs)
+
+    # Of one replica among several, TensorFlow takes no condition whose branches
+    # communicate. An optimizer that isn't built yet makes its variables in the
+    # step, which no branch may do.
+    is_built = all(optimizer.built for optimizer in optimizers)
+    if not once or not is_built or in_replica():
+        return run("ask")
+    measures = [one.measures_anything() for one in inner]
+    if any(one is True for one in measures):
+        return run("measure")
+    measures = tf.reduce_any(tf.stack(measures))
+    if tf.executing_eagerly():
+        return run("measure" if measures else "plain")
+    return tf.cond(measures, lambda: run("measure"), lambda: run("plain"))
+
+
 def has_accelerator():
     return any(map(tf.config.list_logical_devices, ("GPU", "TPU")))
 

@@ -8,6 +8,7 @@ import jax
 import keras
 
 from benchmarks.jax_program import state_of
+from benchmarks.jax_program import step_of
 
 OPERATIONS = {
     "all-gather",
@@ -19,12 +20,14 @@ OPERATIONS = {
 _SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def count(model, x, y):
+def count(model, x, y, branch=None):
     """Count the collectives of `model`'s training step.
 
     Args:
         model: Compiled model. With AdaFisher, trained before.
         x, y: NumPy arrays, one batch.
+        branch: Int or `None`. If an int, one condition is around the step, and
+            its collectives are those of this branch, 0 for plain steps.
 
     Returns:
         Dict with `"inside"` and `"outside"`: whether the branch of a condition
@@ -41,7 +44,7 @@ def count(model, x, y):
     # As Keras' `fit` compiles it.
     shardings = jax.tree.map(lambda value: value.sharding, state)
     step = jax.jit(
-        model.train_step, donate_argnums=0, out_shardings=(None, shardings)
+        step_of(model), donate_argnums=0, out_shardings=(None, shardings)
     )
     program = step.lower(state, tuple(batch)).compile().as_text()
     computations, entry = _computations(program)
@@ -58,13 +61,21 @@ def count(model, x, y):
             if operation in OPERATIONS:
                 counts[place][operation] += 1
                 counts[place]["bytes"] += _bytes(match[1])
-            branches = re.findall(
-                r"(?:true|false)_computation=%([\w.-]+)", line
-            )
+            # That for false first.
+            branches = [
+                found[1]
+                for value in ("false", "true")
+                if (
+                    found := re.search(value + r"_computation=%([\w.-]+)", line)
+                )
+            ]
             for names in re.findall(r"branch_computations=\{(.*?)\}", line):
                 branches += names.replace("%", "").split(", ")
-            for branch in branches:
-                walk(branch, "inside")
+            if branches and branch is not None:
+                walk(branches[branch], "outside")
+                branches = []
+            for each in branches:
+                walk(each, "inside")
             for called in re.findall(
                 r"(?:to_apply|calls|body|condition)=%([\w.-]+)", line
             ):

@@ -109,8 +109,18 @@ def digits():
             collectives.count(model, x[:BATCH], y[:BATCH])
             for model in (several, other)
         ]
+        keras_adafisher.set_decision_scope("step")
+        once = fit(distribution, common.make_model, adafisher, x, y)
+        plain, measuring = (
+            collectives.count(once, x[:BATCH], y[:BATCH], branch)["outside"]
+            for branch in (0, 1)
+        )
+        keras_adafisher.set_decision_scope("auto")
         yield {
             "name": type(distribution).__name__,
+            "difference_of_scopes": difference(once, several),
+            "extra_of_a_plain_step": dict(plain - counts[1]["outside"]),
+            "extra_of_a_measuring_step": dict(measuring - counts[1]["outside"]),
             "splits": splits(several),
             "engine": type(distribution).__name__,
             "devices": distribution.device_mesh.devices.size,
