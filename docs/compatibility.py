@@ -133,12 +133,15 @@ known. What differs:
 - In a custom training loop, `keras_adafisher.wrap(model)` has to come first.
   Without it, and for variables of no layer, AdaFisher warns and is AdamW.
 - With PyTorch, statistics travel in `loss.backward()`. `torch.autograd.grad`
-  computes the weights' gradients only: the factors keep their initial 1, and
-  a warning says so.
-- With TensorFlow and JAX, `model.trainable_variables` of a wrapped model has
-  the probes at its end. Code that counts on its length sees them.
-- `keras.export.ExportArchive` used directly, unlike `model.export`, stores the
-  probes too. `keras_adafisher.unwrap(model)` before it, if that matters.
+  computes the weights' gradients only: the factors are estimated from these,
+  and a warning says so.
+- With TensorFlow and JAX, a custom training loop decorates its step with
+  `keras_adafisher.training_step`. Without it, factors are estimated from the
+  weights' gradients, and a warning says so.
+- While a training step runs on TensorFlow and JAX, `trainable_variables` and
+  `trainable_weights` have the probes at their ends. Outside of it all lists are
+  those of the plain model.
+- Keras' NNX mode (`KERAS_NNX_ENABLED`): `compile` says that it doesn't work.
 """
 
 

@@ -66,7 +66,7 @@ def tap(z, h, probe, request):
         # only, and needn't keep this one alive.
         first = first_part()
     else:
-        # Where no answer is wanted, there is the probe itself: it is zero, and
+        # Where no answer is wanted, there is the probe itself: as good as zero, and
         # zeros made anew would be one kernel more to compile for each size.
         zeros = jax.lax.stop_gradient(vector)
         first = jax.lax.cond(
@@ -195,7 +195,7 @@ class _State:
         """The arguments, with the probes' zeros behind weights' values."""
         arguments = self._arguments
         for weights, probes in self._lists:
-            zeros = [np.zeros(shape, "float32") for shape in probes]
+            zeros = [_nearly_zeros(shape) for shape in probes]
             arguments = _replace(
                 arguments,
                 weights,
@@ -231,6 +231,14 @@ class _State:
                 ),
             )
         return results
+
+
+def _nearly_zeros(shape):
+    # Of a constant whose entries are all equal, XLA makes a kernel that fills
+    # memory, one more to compile for each size. Others are in the program.
+    values = np.zeros(shape, "float32")
+    values[0] = np.finfo("float32").tiny
+    return values
 
 
 def _is_probe(variable):
