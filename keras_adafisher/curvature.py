@@ -90,26 +90,42 @@ class Curvature:
         return [self.factor(name) for name in names]
 
     def terms(self):
-        """List of triples: what the block adds to Fisher diagonals.
+        """List of tuples: what the block adds to Fisher diagonals.
 
-        A parameter, a function for the diagonal, and a bool, whether that can
-        be called with `rows`.
+        A parameter, a function for the diagonal, one for the two tensors whose
+        product it is, `None` if it is none, and a bool, whether both can be
+        called with `rows`.
         """
-        triples = [
-            (self.block.weight, self.fisher_of_weight, self.block.takes_rows),
-            (self.block.bias, self.fisher_of_bias, False),
+        block = self.block
+        of_weight = of_bias = None
+        if block.has_operands_of_weight:
+            of_weight = self.operands_of_weight
+        if block.has_operands_of_bias:
+            of_bias = self.operands_of_bias
+        terms = [
+            (block.weight, self.fisher_of_weight, of_weight, block.takes_rows),
+            (block.bias, self.fisher_of_bias, of_bias, False),
         ]
-        return [triple for triple in triples if triple[0] is not None]
+        return [term for term in terms if term[0] is not None]
 
     def fisher_of_weight(self, rows=None):
+        return self.block.fisher_of_weight(*self._factors_of_weight(rows))
+
+    def operands_of_weight(self, rows=None):
+        return self.block.operands_of_weight(*self._factors_of_weight(rows))
+
+    def fisher_of_bias(self):
+        return self.block.fisher_of_bias(self.one, self.bias_gradient)
+
+    def operands_of_bias(self):
+        return self.block.operands_of_bias(self.one, self.bias_gradient)
+
+    def _factors_of_weight(self, rows):
         factors = [self.activation, self.gradient]
         if rows is not None:
             rank = len(self.block.weight.shape)
             factors = [_rows_of(factor, rows, rank) for factor in factors]
-        return self.block.fisher_of_weight(*factors)
-
-    def fisher_of_bias(self):
-        return self.block.fisher_of_bias(self.one, self.bias_gradient)
+        return factors
 
     def shapes(self):
         """Dict from the name of each factor to its shape."""
@@ -140,11 +156,13 @@ class FisherDiagonal:
 
     def __init__(self):
         self._terms = []
+        self._operands = []
         self.takes_rows = True
 
-    def add(self, function, takes_rows):
+    def add(self, function, operands, takes_rows):
         """Add what a block has: see `Curvature.terms`."""
         self._terms.append(function)
+        self._operands.append(operands)
         self.takes_rows = self.takes_rows and takes_rows
 
     def __bool__(self):
@@ -160,6 +178,17 @@ class FisherDiagonal:
             term() if rows is None else term(rows) for term in self._terms
         )
         return sum(others, start=first)
+
+    def operands(self, rows=None):
+        """The two tensors whose product it is. `None` if it is none.
+
+        Args:
+            rows: See `__call__`.
+        """
+        if len(self._operands) > 1 or self._operands[0] is None:
+            return None
+        (operands,) = self._operands
+        return operands() if rows is None else operands(rows)
 
 
 class Factors:
@@ -276,7 +305,8 @@ class Factors:
             A vector laid out as the factors are, with the sums of what was
             measured. That of "one" is the number of calls.
         """
-        return self._joined(answers) * (1 / ANSWER_SCALE)
+        vector = self._joined(answers)
+        return vector if ANSWER_SCALE == 1 else vector * (1 / ANSWER_SCALE)
 
     def join_estimates(self, gradients):
         """Put what weights' gradients say of the factors into one vector.
@@ -321,7 +351,7 @@ class Factors:
             ops.zeros(curvature.probe.size) if part is None else part
             for part, curvature in zip(parts, self.curvatures, strict=True)
         ]
-        vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        vector = backend.join_answers(parts)
         return backend.keep_layout(vector, self.vector)
 
     def add(self, answers, is_last):

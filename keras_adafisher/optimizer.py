@@ -479,14 +479,12 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             )
 
         def averaged():
-            squares = {
-                index: backend.mean_square_of_quotient(
-                    ops.convert_to_tensor(gradient),
-                    self._fishers[index],
-                    self.damping,
-                )
-                for index, gradient in gradients.items()
-            }
+            found = backend.mean_squares_of_quotients(
+                list(map(ops.convert_to_tensor, gradients.values())),
+                [self._fishers[index] for index in gradients],
+                self.damping,
+            )
+            squares = dict(zip(gradients, found, strict=True))
             return [self._mean_squares.averaged(squares, self._update_now)]
 
         if gradients and self._mean_squares is not None:
@@ -870,7 +868,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
             if step is not None and id(probe) not in step.answering:
                 answer = None
             if answer is not None:
-                found[id(probe)] = ops.convert_to_tensor(answer)
+                found[id(probe)] = answer
         return found
 
     def _warn_of_missing_answers(self):

@@ -4,13 +4,14 @@ A condition on a tensor would make the host wait for the device, once per
 layer and step. So the request is a Python value, the iteration counter is
 read once per step, and a step that doesn't measure has no taps at all.
 
-`backward()` leaves gradients on all tensors that require one, so those that a
-tap takes needn't be parameters. A wrapped module has the `parameters()` and the
-`state_dict()` that it had before: optimizers of PyTorch, `clip_grad_norm_` and
-`DistributedDataParallel` see nothing of a probe.
+What a backward pass measures, a tap keeps on its probe. A wrapped module has the
+`parameters()` and the `state_dict()` that it had before: optimizers of PyTorch,
+`clip_grad_norm_` and `DistributedDataParallel` see nothing of a probe.
 """
 
+import contextlib
 import math
+import threading
 
 import torch
 from keras import ops
@@ -19,15 +20,23 @@ from torch.nn.parallel import DistributedDataParallel
 from keras_adafisher.backend import common
 
 # Entries whose squares are in memory at a time.
-_PART_SIZE = {"cpu": 2**16}
+_PART_SIZE = {"cpu": 2**18}
 _OTHER_PART_SIZE = 2**24
 
+# What `one` returns, by device: it is made once.
+_ones = {}
+
+# Whether this thread runs `differentiate`.
+_here = threading.local()
 
 # What to do if no layer has reported anything.
 HOW_TO_MEASURE = (
-    "Compute the gradients by `loss.backward()`: `torch.autograd.grad` reaches "
-    "only the tensors that it is given."
+    "Call the wrapped model itself, not what `torch.jit.trace` or "
+    "`torch.export` made of it, and not within a transform of `torch.func`."
 )
+
+# No list of gradients has an answer in it.
+ANSWER_SCALE = 1.0
 
 
 def make_probe_tensor(size, parameter):
@@ -35,23 +44,46 @@ def make_probe_tensor(size, parameter):
 
 
 def answer_of(probe, gradients):
-    return probe.tensor.grad
+    # A list of the parts of the vector, so that those of all probes are joined
+    # by one operation.
+    answers = [parts for _, parts in probe.answers]
+    if probe.tensor.grad is not None:
+        answers.append([probe.tensor.grad])
+    if len(answers) > 1:
+        return [sum(map(torch.cat, answers))]
+    return answers[0] if answers else None
+
+
+def clear_answer(probe):
+    probe.process_group = None
+    probe.answers.clear()
+    probe.tensor.grad = None
+
+
+def join_answers(answers):
+    parts = []
+    for answer in answers:
+        parts += answer if isinstance(answer, list) else [answer]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def request_outside_of_steps(probe):
     # A custom loop needs no decorator here.
+    if torch.compiler.is_compiling():
+        # A compiled function is made anew when a Python value has changed that
+        # it depends on. A weak set can't be looked through there.
+        return probe.is_asked
     optimizers = probe.optimizers
     return not optimizers or any(o.measures_factors() for o in optimizers)
 
 
 def differentiate(compute_loss, data, probes, variables):
-    with torch.enable_grad():
+    with torch.enable_grad(), _answers_are_gradients():
         loss = compute_loss(*data)
     if not probes or not loss.requires_grad:
         # There are no taps, or none of them was reached.
         return [None for _ in probes]
-    # Not `backward()`, which leaves gradients on the tensors. A forward pass
-    # may have moved the probes: these are their tensors now.
+    # Not `backward()`, which leaves gradients on the tensors.
     tensors = [probe.tensor for probe in probes]
     return torch.autograd.grad(loss, tensors, allow_unused=True)
 
@@ -61,44 +93,13 @@ def keep_random_state():
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
-def _drop_stale_answer(probe):
-    # Gradients add up until somebody clears them. `zero_grad()` doesn't know a
-    # probe. But if it has cleared those of the parameters, for instance after
-    # a step that was skipped, then what an earlier backward pass has left here
-    # is outdated too.
-    if probe.tensor.grad is None:
-        return
-    if all(p.value.grad is None for p in probe.block.parameters):
-        probe.tensor.grad = None
-
-
-def _open_tap(probe):
-    """Get a probe ready for a forward pass that measures."""
-    # What probes measure is summed up in `sum_over_replicas`. No public name
-    # tells which processes take part. Keep it if a checkpoint runs the layer
-    # once more in the backward pass.
-    active = DistributedDataParallel._active_ddp_module
-    if active is not None:
-        probe.process_group = active.process_group
-    # The parameters may have moved. They begin on the "meta" device if Keras
-    # infers shapes when it builds the layer.
-    parameter = probe.block.parameters[0]
-    if probe.tensor.device != parameter.value.device:
-        probe.tensor = make_probe_tensor(probe.size, parameter)
-
-
-def clear_answer(probe):
-    probe.process_group = None
-    probe.tensor.grad = None
-
-
 def sum_over_replicas(probes, answers, wanted):
     group = next((p.process_group for p in probes if p.process_group), None)
     if group is None:
         return answers
     # One transfer for all.
     sizes = [probe.size for probe in probes]
-    flat = torch.cat(answers)
+    flat = join_answers(answers)
     torch.distributed.all_reduce(flat, group=group)
     # The loss of a process is the mean over its own part of the batch, and
     # `DistributedDataParallel` averages the gradients. So `s` is larger than
@@ -115,6 +116,14 @@ def constant(values, dtype):
     return ops.convert_to_tensor(common.constant(values, dtype))
 
 
+def one(x):
+    if torch.compiler.is_compiling():
+        return torch.ones(1, device=x.device)
+    if x.device not in _ones:
+        _ones[x.device] = torch.ones(1, device=x.device)
+    return _ones[x.device]
+
+
 def view(variable, make, views, name):
     # It follows what is assigned to the variable, in place, and is made again
     # where the variable has another tensor: in a stateless call.
@@ -125,10 +134,6 @@ def view(variable, make, views, name):
     if name not in views:
         views[name] = make(value.detach())
     return views[name]
-
-
-def is_requested(request):
-    return True
 
 
 def cond(pred, true_fn, false_fn):
@@ -144,30 +149,151 @@ def tap(z, h, probe, request):
     # On the "meta" device, Keras infers shapes. There is nothing to measure.
     if z.is_meta or not torch.is_grad_enabled():
         return z
-    _open_tap(probe)
+    if _is_transformed():
+        return z
+    # What probes measure is summed up in `sum_over_replicas`. No public name
+    # tells which processes take part. Keep it if a checkpoint runs the layer
+    # once more in the backward pass.
+    active = DistributedDataParallel._active_ddp_module
+    if active is not None:
+        probe.process_group = active.process_group
+    if torch.compiler.is_compiling() or getattr(_here, "differentiates", False):
+        with torch.no_grad():
+            first = probe.measure_activations(h)
+        # The parameters may have moved.
+        return _TapWithGradient.apply(
+            z, probe.tensor.to(z.device), first, probe
+        )
+    parameters = [p.value for p in probe.block.parameters]
+    parameter = next((p for p in parameters if p.requires_grad), None)
+    if parameter is None or not z.requires_grad:
+        return z
     with torch.no_grad():
-        first = probe.measure_activations(ops.convert_to_tensor(h))
-    return _Tap.apply(z, probe.tensor, first, probe)
+        first = probe.activation_parts(h)
+    return _Tap.apply(z, parameter, first, probe)
+
+
+def _is_transformed():
+    """Whether something else is made of the computation than a training step.
+
+    Measuring makes no sense there. In a transform of `torch.func`, tensors
+    stand for many, and in a trace, for those of other calls.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    # No public name tells. `torch.autograd.Function` asks in the same way.
+    return torch._C._are_functorch_transforms_active()
 
 
 class _Tap(torch.autograd.Function):
-    """An identity in whose backward pass a probe answers."""
+    """An identity that keeps what it measures on the probe."""
 
     @staticmethod
-    def forward(ctx, z, tensor, first, probe):
-        ctx.probe = probe
-        ctx.first = first
-        return z
+    def forward(z, parameter, first, probe):
+        # For autograd this is no view, so that it may be changed in place. It
+        # shares the counter of changes with `z`.
+        return z.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.first, ctx.probe = inputs
 
     @staticmethod
     def backward(ctx, s):
-        _drop_stale_answer(ctx.probe)
-        second = ctx.probe.measure_gradients(s)
-        return s, torch.cat([ctx.first, second]), None, None
+        # The tap takes the parameter for this: it is no measurement if only
+        # gradients for inputs are wanted, for a penalty for instance.
+        if _is_computed(ctx.next_functions[1][0]):
+            with torch.no_grad():
+                second = ctx.probe.gradient_parts(s)
+            _keep(ctx.probe, [*ctx.first, *second])
+        return s, None, None, None
 
 
+class _TapWithGradient(torch.autograd.Function):
+    """An identity that returns what it measures as a gradient.
+
+    For `differentiate`, and for `torch.compile`, where a function has no side
+    effects.
+    """
+
+    @staticmethod
+    def forward(z, tensor, first, probe):
+        return z.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, ctx.first, ctx.probe = inputs
+
+    @staticmethod
+    def backward(ctx, s):
+        with torch.no_grad():
+            second = ctx.probe.measure_gradients(s)
+            answer = torch.cat([ctx.first, second])
+        return s, answer, None, None
+
+
+def _is_computed(node):
+    """Whether this backward pass comes to a node of the graph."""
+    # Not public, but `torch.autograd.graph` has nothing else to tell it from.
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # `torch.autograd.grad` was asked for this parameter's gradient.
+        return True
+
+
+def _keep(probe, parts):
+    """Add an answer to those that a probe has."""
+    # The number of this backward pass: no public name tells one from another.
+    now = torch._C._current_graph_task_id()
+    if probe.answers and probe.answers[-1][0] != now:
+        # Gradients add up until somebody clears them. `zero_grad()` doesn't
+        # know a probe. But if it has cleared those of the parameters, for
+        # instance after a step that was skipped, then what an earlier pass has
+        # left here is outdated too.
+        if all(p.value.grad is None for p in probe.block.parameters):
+            probe.answers.clear()
+    probe.answers.append((now, parts))
+
+
+@contextlib.contextmanager
+def _answers_are_gradients():
+    """Context in which taps return what they measure as gradients."""
+    _here.differentiates = True
+    try:
+        yield
+    finally:
+        _here.differentiates = False
+
+
+# `torch.compile` reads no tensors, and would compile anew for each number.
+@torch.compiler.disable
 def step_number(iterations):
-    return int(iterations.value)
+    # Reading the tensor waits for the device. So the number is kept until
+    # somebody else writes to it, which PyTorch counts. In a stateless call,
+    # there is another tensor.
+    value = iterations.value
+    known = getattr(iterations, "adafisher_number", None)
+    if known and known[0] is value and known[1] == value._version:
+        return known[2]
+    number = int(value)
+    iterations.adafisher_number = value, value._version, number
+    return number
+
+
+@torch.compiler.disable
+def count_up(iterations, before):
+    """Keep the number of a step that was applied.
+
+    Args:
+        iterations: The optimizer's iteration counter.
+        before: What `iterations.adafisher_number` was before.
+    """
+    value, version, number = before
+    # One write, that of `Optimizer.apply`. The counter is an int32.
+    is_one_more = iterations.value is value and value._version == version + 1
+    if is_one_more and number < 2**31 - 1:
+        iterations.adafisher_number = value, version + 1, number + 1
 
 
 def mean_square(x, axis):
@@ -240,4 +366,5 @@ def take(x, indices):
 
 def reshape(x, shape):
     # Keras' own takes ten times as long.
-    return x if x.shape == shape else x.reshape(shape)
+    is_flat = x.ndim == 1 and shape == (-1,)
+    return x if is_flat or x.shape == shape else x.reshape(shape)
