@@ -55,7 +55,7 @@ class Probe:
         optimizers: Weak set of the AdaFishers that have been built for the
             block.
         process_group: On PyTorch, the processes whose answers belong together.
-        answers: On PyTorch, a list of what was measured since the last update.
+        answer: On PyTorch, what was measured since the last update.
         is_asked: On PyTorch, whether a compiled function measures.
     """
 
@@ -71,7 +71,7 @@ class Probe:
         self.size = sum(self.sizes)
         self.optimizers = weakref.WeakSet()
         self.process_group = None
-        self.answers = []
+        self.answer = None
         self.is_asked = True
         self.variable = None
         self.tensor = backend.make_probe_tensor(self.size, block.parameters[0])

@@ -4,14 +4,15 @@ A condition on a tensor would make the host wait for the device, once per
 layer and step. So the request is a Python value, the iteration counter is
 read once per step, and a step that doesn't measure has no taps at all.
 
-What a backward pass measures, a tap keeps on its probe. A wrapped module has the
-`parameters()` and the `state_dict()` that it had before: optimizers of PyTorch,
-`clip_grad_norm_` and `DistributedDataParallel` see nothing of a probe.
+What a backward pass measures, a tap keeps on its probe. A wrapped module has
+the `parameters()` and the `state_dict()` that it had before: optimizers of
+PyTorch, `clip_grad_norm_` and `DistributedDataParallel` see nothing of a probe.
 """
 
 import contextlib
 import math
 import threading
+import weakref
 
 import torch
 from keras import ops
@@ -26,7 +27,7 @@ _OTHER_PART_SIZE = 2**24
 # What `one` returns, by device: it is made once.
 _ones = {}
 
-# Whether this thread runs `differentiate`.
+# Whether this thread runs `differentiate`, and its last mean square.
 _here = threading.local()
 
 # What to do if no layer has reported anything.
@@ -44,19 +45,17 @@ def make_probe_tensor(size, parameter):
 
 
 def answer_of(probe, gradients):
-    # A list of the parts of the vector, so that those of all probes are joined
-    # by one operation.
-    answers = [parts for _, parts in probe.answers]
-    if probe.tensor.grad is not None:
-        answers.append([probe.tensor.grad])
-    if len(answers) > 1:
-        return [sum(map(torch.cat, answers))]
-    return answers[0] if answers else None
+    _, parts = probe.answer or (None, None)
+    # What a compiled function has measured.
+    gradient = probe.tensor.grad
+    if parts is None:
+        return None if gradient is None else [gradient]
+    return parts if gradient is None else [torch.cat(parts) + gradient]
 
 
 def clear_answer(probe):
     probe.process_group = None
-    probe.answers.clear()
+    probe.answer = None
     probe.tensor.grad = None
 
 
@@ -132,7 +131,9 @@ def view(variable, make, views, name):
         views.clear()
         views["of"] = value
     if name not in views:
-        views[name] = make(value.detach())
+        # Only the tensors of a stateless call may require a gradient.
+        value = value.detach() if value.requires_grad else value
+        views[name] = make(value)
     return views[name]
 
 
@@ -147,10 +148,9 @@ def cond(pred, true_fn, false_fn):
 
 def tap(z, h, probe, request):
     # On the "meta" device, Keras infers shapes. There is nothing to measure.
-    if z.is_meta or not torch.is_grad_enabled():
+    if z.is_meta or not torch.is_grad_enabled() or _is_transformed():
         return z
-    if _is_transformed():
-        return z
+    h = ops.convert_to_tensor(h)
     # What probes measure is summed up in `sum_over_replicas`. No public name
     # tells which processes take part. Keep it if a checkpoint runs the layer
     # once more in the backward pass.
@@ -161,9 +161,8 @@ def tap(z, h, probe, request):
         with torch.no_grad():
             first = probe.measure_activations(h)
         # The parameters may have moved.
-        return _TapWithGradient.apply(
-            z, probe.tensor.to(z.device), first, probe
-        )
+        tensor = probe.tensor.to(z.device)
+        return _TapWithGradient.apply(z, tensor, first, probe)
     parameters = [p.value for p in probe.block.parameters]
     parameter = next((p for p in parameters if p.requires_grad), None)
     if parameter is None or not z.requires_grad:
@@ -186,7 +185,11 @@ def _is_transformed():
 
 
 class _Tap(torch.autograd.Function):
-    """An identity that keeps what it measures on the probe."""
+    """An identity that keeps what it measures on the probe.
+
+    As a list of the parts of the vector, so that those of all probes are joined
+    by one operation.
+    """
 
     @staticmethod
     def forward(z, parameter, first, probe):
@@ -246,14 +249,18 @@ def _keep(probe, parts):
     """Add an answer to those that a probe has."""
     # The number of this backward pass: no public name tells one from another.
     now = torch._C._current_graph_task_id()
-    if probe.answers and probe.answers[-1][0] != now:
-        # Gradients add up until somebody clears them. `zero_grad()` doesn't
-        # know a probe. But if it has cleared those of the parameters, for
-        # instance after a step that was skipped, then what an earlier pass has
-        # left here is outdated too.
-        if all(p.value.grad is None for p in probe.block.parameters):
-            probe.answers.clear()
-    probe.answers.append((now, parts))
+    last, earlier = probe.answer or (now, None)
+    # Gradients add up until somebody clears them. `zero_grad()` doesn't know a
+    # probe. But if it has cleared those of the parameters, for instance after a
+    # step that was skipped, then what an earlier pass has left here is outdated
+    # too.
+    if last != now and all(
+        p.value.grad is None for p in probe.block.parameters
+    ):
+        earlier = None
+    if earlier is not None:
+        parts = [torch.cat(earlier) + torch.cat(parts)]
+    probe.answer = now, parts
 
 
 @contextlib.contextmanager
@@ -297,6 +304,19 @@ def count_up(iterations, before):
 
 
 def mean_square(x, axis):
+    # What was made in inference mode doesn't count its changes.
+    if torch.compiler.is_compiling() or x.is_inference():
+        return _mean_square_in_order(x, axis)
+    # The queries, keys and values of attention are made of one tensor.
+    of, version, last_axis, result = getattr(_here, "last", (None,) * 4)
+    is_same = of is not None and of() is x
+    if not is_same or (version, last_axis) != (x._version, axis):
+        result = _mean_square_in_order(x, axis)
+        _here.last = weakref.ref(x), x._version, axis, result
+    return result
+
+
+def _mean_square_in_order(x, axis):
     if x.is_contiguous():
         return _mean_square(x, axis)
     # What Keras hands on from a convolution is channels-last by its strides

@@ -28,14 +28,26 @@ _OTHER_BATCH_SIZE = 2**26
 class Updater:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
 
+    # What the probes know: `Probe.is_asked`.
+    _is_asking = True
+
     def apply(self, grads, trainable_variables=None):
         step_number(self._iterations)
         before = self._iterations.adafisher_number
         super().apply(grads, trainable_variables)
         count_up(self._iterations, before)
-        if in_stateless_scope():
+        self._tell_compiled_functions()
+
+    def _tell_compiled_functions(self):
+        """Say on all probes whether they are asked in the next step."""
+        if in_stateless_scope() or not self.built:
             return
-        for probe in (curvature.probe for curvature in self._curvatures):
+        is_asking = self.measures_factors()
+        if is_asking == self._is_asking:
+            return
+        self._is_asking = is_asking
+        for curvature in self._curvatures:
+            probe = curvature.probe
             probe.is_asked = request_outside_of_steps(probe)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
