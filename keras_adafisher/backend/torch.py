@@ -211,6 +211,10 @@ class _Tap(torch.autograd.Function):
             _keep(ctx.probe, [*ctx.first, *second])
         return s, None, None, None
 
+    @staticmethod
+    def jvp(ctx, tangent, *others):
+        return tangent
+
 
 class _TapWithGradient(torch.autograd.Function):
     """An identity that returns what it measures as a gradient.
