@@ -152,12 +152,21 @@ class FisherDiagonal:
     """The undamped Fisher diagonal of one parameter, computed when called.
 
     The sum over the blocks that it belongs to. It is false if there are none.
+
+    Args:
+        vector: The variable that has the factors of all blocks.
+
+    Attributes:
+        takes_rows: Bool, whether it can be called with `rows`.
+        kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
-    def __init__(self):
+    def __init__(self, vector):
+        self.vector = vector
         self._terms = []
         self._operands = []
         self.takes_rows = True
+        self.kept = None
 
     def add(self, function, operands, takes_rows):
         """Add what a block has: see `Curvature.terms`."""

@@ -314,7 +314,9 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
         for probe in probes:
             probe.optimizers.add(self)
         # Without one, AdamW's rule.
-        self._fishers = [FisherDiagonal() for _ in variables]
+        self._fishers = [
+            FisherDiagonal(self._factors.vector) for _ in variables
+        ]
         # For each weight the factors that its gradient may have to estimate.
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
@@ -480,7 +482,7 @@ class AdaFisher(backend.Updater, keras.optimizers.Optimizer):
 
         def averaged():
             found = backend.mean_squares_of_quotients(
-                list(map(ops.convert_to_tensor, gradients.values())),
+                list(gradients.values()),
                 [self._fishers[index] for index in gradients],
                 self.damping,
             )

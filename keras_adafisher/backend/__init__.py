@@ -34,6 +34,7 @@ from keras_adafisher.backend.common import pointwise_conv
 from keras_adafisher.backend.common import request_outside_of_steps
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import run_step
+from keras_adafisher.backend.common import stack
 from keras_adafisher.backend.common import step_number
 from keras_adafisher.backend.common import sum_min_max
 from keras_adafisher.backend.common import sum_over_replicas
@@ -85,6 +86,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import one
     from keras_adafisher.backend.torch import request_outside_of_steps
     from keras_adafisher.backend.torch import reshape
+    from keras_adafisher.backend.torch import stack
     from keras_adafisher.backend.torch import step_number
     from keras_adafisher.backend.torch import sum_over_replicas
     from keras_adafisher.backend.torch import take
@@ -123,6 +125,7 @@ __all__ = [
     "request_outside_of_steps",
     "reshape",
     "run_step",
+    "stack",
     "step_number",
     "sum_min_max",
     "sum_over_replicas",

@@ -276,7 +276,7 @@ def mean_squares_of_quotients(gradients, fishers, damping):
     from keras_adafisher import backend
 
     quotients = [
-        ops.divide(gradient, fisher() + damping)
+        ops.divide(ops.convert_to_tensor(gradient), fisher() + damping)
         for gradient, fisher in zip(gradients, fishers, strict=True)
     ]
     return [
@@ -316,6 +316,11 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
 def reshape(x, shape):
     """`keras.ops.reshape`, of what isn't symbolic."""
     return x if tuple(x.shape) == tuple(shape) else ops.reshape(x, shape)
+
+
+def stack(scalars):
+    """`keras.ops.stack`, of scalar tensors."""
+    return ops.stack(scalars)
 
 
 def part(vector, start, size):

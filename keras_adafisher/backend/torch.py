@@ -163,13 +163,14 @@ def tap(z, h, probe, request):
         # The parameters may have moved.
         tensor = probe.tensor.to(z.device)
         return _TapWithGradient.apply(z, tensor, first, probe)
-    parameters = [p.value for p in probe.block.parameters]
-    parameter = next((p for p in parameters if p.requires_grad), None)
-    if parameter is None or not z.requires_grad:
+    if not z.requires_grad:
         return z
-    with torch.no_grad():
-        first = probe.activation_parts(h)
-    return _Tap.apply(z, parameter, first, probe)
+    for variable in probe.block.parameters:
+        parameter = variable.value
+        if parameter.requires_grad:
+            # In a list `h` is no input that autograd has to look after.
+            return _Tap.apply(z, parameter, [h], probe)
+    return z
 
 
 def _is_transformed():
@@ -191,15 +192,15 @@ class _Tap(torch.autograd.Function):
     by one operation.
     """
 
+    # With a `setup_context`, PyTorch inspects a signature at each call, which
+    # takes longer than all else here. Only `torch.func` needs one.
     @staticmethod
-    def forward(z, parameter, first, probe):
+    def forward(ctx, z, parameter, h, probe):
+        ctx.first = probe.activation_parts(*h)
+        ctx.probe = probe
         # For autograd this is no view, so that it may be changed in place. It
         # shares the counter of changes with `z`.
         return z.detach()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, ctx.first, ctx.probe = inputs
 
     @staticmethod
     def backward(ctx, s):
@@ -224,12 +225,10 @@ class _TapWithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(z, tensor, first, probe):
+    def forward(ctx, z, tensor, first, probe):
+        ctx.first = first
+        ctx.probe = probe
         return z.detach()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, ctx.first, ctx.probe = inputs
 
     @staticmethod
     def backward(ctx, s):
@@ -381,6 +380,11 @@ def count_ids(ids, size):
     return counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))[
         1:-1
     ]
+
+
+def stack(scalars):
+    # Keras' own looks at each of them, which takes longer.
+    return torch.stack(scalars)
 
 
 def take(x, indices):

@@ -194,16 +194,32 @@ def _norms_of_quotients(gradients, fishers, damping, rows):
 
 def _diagonals(fishers, rows=None):
     """List of new tensors, some Fisher diagonals."""
-    operands = [fisher.operands(rows) for fisher in fishers]
-    products = [pair for pair in operands if pair is not None]
-    products = (
-        torch._foreach_mul(*zip(*products, strict=True)) if products else []
-    )
+    vector = fishers[0].vector.value
+    operands = [_operands(fisher, vector, rows) for fisher in fishers]
+    pairs = [pair for pair in operands if pair is not None]
+    products = torch._foreach_mul(*zip(*pairs, strict=True)) if pairs else []
     products = iter(products)
     return [
         fisher(rows) if pair is None else next(products)
         for fisher, pair in zip(fishers, operands, strict=True)
     ]
+
+
+def _operands(fisher, vector, rows):
+    """`fisher.operands(rows)`, kept as long as they follow the factors."""
+    if rows is not None:
+        return fisher.operands(rows)
+    # Another vector is that of a stateless call.
+    if fisher.kept is None or fisher.kept[0] is not vector:
+        operands = fisher.operands()
+        if operands is None or not all(_is_view(x, vector) for x in operands):
+            return operands
+        fisher.kept = vector, operands
+    return fisher.kept[1]
+
+
+def _is_view(x, vector):
+    return x.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
 
 
 def _step(values, momentums, denominators, learning_rate, size):
