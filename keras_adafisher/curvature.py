@@ -396,7 +396,8 @@ class Factors:
         calls = backend.take(answers, self._places_of_ones)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
-        divisors = ops.where(calls > 0, calls, 1.0)
+        is_used = calls > 0
+        divisors = ops.where(is_used, calls, 1.0)
         divisors = backend.take(divisors, self._blocks_of_rows)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
@@ -407,10 +408,9 @@ class Factors:
             backend.take(is_finite, self._rows_of_blocks), axis=1
         )
         if self._uses is not None:
-            calls = ops.max(backend.take(calls, self._uses), axis=1)
-        is_used = calls > 0
+            is_used = ops.any(backend.take(is_used, self._uses), axis=1)
         is_usable = ops.logical_and(is_possible, is_used)
-        is_dropped = ops.logical_and(ops.logical_not(is_possible), is_used)
+        is_dropped = ops.logical_xor(is_used, is_usable)
         records = ops.concatenate([is_usable, is_dropped])
         records = ops.add(self.records, ops.cast(records, "float32"))
         is_usable = backend.take(is_usable, self._blocks_of_rows)

@@ -158,32 +158,43 @@ def test_operations_for_a_layer_on_steps_that_measure():
     assert (measuring - plain) / 10 == 5
 
 
-def test_operations_of_a_vision_transformer(record_property):
-    """The one of the benchmarks: 20 taps, 39 variables."""
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 736), ("other", 700)])
+def test_operations_of_a_vision_transformer(
+    device, limit, record_property, monkeypatch
+):
+    """The one of the benchmarks: 20 taps, 39 variables.
+
+    On a CPU, variables are updated in four lists, on accelerators in one.
+    """
+    if device != "cpu":
+        monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
 
     def operations(optimizer, steps):
         task = make_task("ViT")
         task.compile(optimizer)
+        counts = []
         for _ in range(steps):
-            with CountReads() as counts:
+            with CountReads() as count:
                 task.step()
-        return counts.operations
+            counts.append(count.operations)
+        return counts
 
     adam = operations(keras.optimizers.Adam(), 2)
-    # The twelfth step is the first that measures nothing, the second one the
-    # size of the steps only.
-    first, second, eleventh, twelfth = (
-        operations(keras_adafisher.AdaFisher(), steps)
-        for steps in (1, 2, 11, 12)
-    )
+    ours = operations(keras_adafisher.AdaFisher(), 12)
+    # The first ten steps measure the size of the steps, and one in ten the
+    # factors too.
+    first, second, measuring, plain = (ours[step] for step in (0, 1, 10, 11))
     record_property(
         "figure",
-        f"operations of a ViT's step: Adam {adam}, plain {twelfth}, "
-        f"measuring {eleventh}, second {second}, first {first}",
+        f"operations of a ViT's step ({device}): Adam {adam[1]}, first "
+        f"{adam[0]}; ours {plain}, measuring {measuring}, first {first}, "
+        f"second {second}",
     )
-    assert twelfth <= adam + 30
-    assert second <= adam + 70
-    assert eleventh <= adam + 235
+    assert plain <= adam[1] + 20
+    assert second <= adam[1] + 50
+    assert measuring <= limit
+    # Nothing but what it makes: each layer's views, each parameter's momentum.
+    assert first - measuring <= 550
 
 
 @pytest.mark.parametrize("make_model", [cnn, recurrent])

@@ -376,7 +376,9 @@ def _squares(x):
 def count_ids(ids, size):
     # `torch.bincount` waits for the device. The first and last are for others.
     counts = torch.zeros(size + 2, device=ids.device)
-    ids = (ids.long() + 1).clamp_(0, size + 1)
+    if ids.dtype not in (torch.int32, torch.int64):
+        ids = ids.long()
+    ids = (ids + 1).clamp_(0, size + 1)
     return counts.index_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))[
         1:-1
     ]
