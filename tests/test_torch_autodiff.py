@@ -349,6 +349,20 @@ def test_what_has_no_taps_is_estimated(name):
     assert records == [ESTIMATED] * 3
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_training_goes_on_as_if_nothing_had_been_transformed(name):
+    results = []
+    for is_transformed in (False, True):
+        model = make_model()
+        for _ in range(2):
+            if is_transformed:
+                TRANSFORMS[name](model, data()[0].requires_grad_())
+            results.append(train(model, steps=1))
+        for probe in probes_in(model):
+            assert model.optimizer.records_of(probe) == (1.0, 0.0, False)
+    assert_close(sum(results[2:], []), sum(results[:2], []), 1e-6)
+
+
 def test_outputs_without_a_gradient_stay_so():
     _, model = plain_and_wrapped()
     with torch.no_grad():
