@@ -90,26 +90,42 @@ class Curvature:
         return [self.factor(name) for name in names]
 
     def terms(self):
-        """List of triples: what the block adds to Fisher diagonals.
+        """List of tuples: what the block adds to Fisher diagonals.
 
-        A parameter, a function for the diagonal, and a bool, whether that can
-        be called with `rows`.
+        A parameter, a function for the diagonal, one for the two tensors whose
+        product it is, `None` if it is none, and a bool, whether both can be
+        called with `rows`.
         """
-        triples = [
-            (self.block.weight, self.fisher_of_weight, self.block.takes_rows),
-            (self.block.bias, self.fisher_of_bias, False),
+        block = self.block
+        of_weight = of_bias = None
+        if block.has_operands_of_weight:
+            of_weight = self.operands_of_weight
+        if block.has_operands_of_bias:
+            of_bias = self.operands_of_bias
+        terms = [
+            (block.weight, self.fisher_of_weight, of_weight, block.takes_rows),
+            (block.bias, self.fisher_of_bias, of_bias, False),
         ]
-        return [triple for triple in triples if triple[0] is not None]
+        return [term for term in terms if term[0] is not None]
 
     def fisher_of_weight(self, rows=None):
+        return self.block.fisher_of_weight(*self._factors_of_weight(rows))
+
+    def operands_of_weight(self, rows=None):
+        return self.block.operands_of_weight(*self._factors_of_weight(rows))
+
+    def fisher_of_bias(self):
+        return self.block.fisher_of_bias(self.one, self.bias_gradient)
+
+    def operands_of_bias(self):
+        return self.block.operands_of_bias(self.one, self.bias_gradient)
+
+    def _factors_of_weight(self, rows):
         factors = [self.activation, self.gradient]
         if rows is not None:
             rank = len(self.block.weight.shape)
             factors = [_rows_of(factor, rows, rank) for factor in factors]
-        return self.block.fisher_of_weight(*factors)
-
-    def fisher_of_bias(self):
-        return self.block.fisher_of_bias(self.one, self.bias_gradient)
+        return factors
 
     def shapes(self):
         """Dict from the name of each factor to its shape."""
@@ -136,15 +152,26 @@ class FisherDiagonal:
     """The undamped Fisher diagonal of one parameter, computed when called.
 
     The sum over the blocks that it belongs to. It is false if there are none.
+
+    Args:
+        vector: The variable that has the factors of all blocks.
+
+    Attributes:
+        takes_rows: Bool, whether it can be called with `rows`.
+        kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
-    def __init__(self):
+    def __init__(self, vector):
+        self.vector = vector
         self._terms = []
+        self._operands = []
         self.takes_rows = True
+        self.kept = None
 
-    def add(self, function, takes_rows):
+    def add(self, function, operands, takes_rows):
         """Add what a block has: see `Curvature.terms`."""
         self._terms.append(function)
+        self._operands.append(operands)
         self.takes_rows = self.takes_rows and takes_rows
 
     def __bool__(self):
@@ -160,6 +187,17 @@ class FisherDiagonal:
             term() if rows is None else term(rows) for term in self._terms
         )
         return sum(others, start=first)
+
+    def operands(self, rows=None):
+        """The two tensors whose product it is. `None` if it is none.
+
+        Args:
+            rows: See `__call__`.
+        """
+        if len(self._operands) > 1 or self._operands[0] is None:
+            return None
+        (operands,) = self._operands
+        return operands() if rows is None else operands(rows)
 
 
 class Factors:
@@ -276,7 +314,8 @@ class Factors:
             A vector laid out as the factors are, with the sums of what was
             measured. That of "one" is the number of calls.
         """
-        return self._joined(answers) * (1 / ANSWER_SCALE)
+        vector = self._joined(answers)
+        return vector if ANSWER_SCALE == 1 else vector * (1 / ANSWER_SCALE)
 
     def join_estimates(self, gradients):
         """Put what weights' gradients say of the factors into one vector.
@@ -321,7 +360,7 @@ class Factors:
             ops.zeros(curvature.probe.size) if part is None else part
             for part, curvature in zip(parts, self.curvatures, strict=True)
         ]
-        vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        vector = backend.join_answers(parts)
         return backend.keep_layout(vector, self.vector)
 
     def add(self, answers, is_last):
@@ -357,7 +396,8 @@ class Factors:
         calls = backend.take(answers, self._places_of_ones)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
-        divisors = ops.where(calls > 0, calls, 1.0)
+        is_used = calls > 0
+        divisors = ops.where(is_used, calls, 1.0)
         divisors = backend.take(divisors, self._blocks_of_rows)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
@@ -368,10 +408,9 @@ class Factors:
             backend.take(is_finite, self._rows_of_blocks), axis=1
         )
         if self._uses is not None:
-            calls = ops.max(backend.take(calls, self._uses), axis=1)
-        is_used = calls > 0
+            is_used = ops.any(backend.take(is_used, self._uses), axis=1)
         is_usable = ops.logical_and(is_possible, is_used)
-        is_dropped = ops.logical_and(ops.logical_not(is_possible), is_used)
+        is_dropped = ops.logical_xor(is_used, is_usable)
         records = ops.concatenate([is_usable, is_dropped])
         records = ops.add(self.records, ops.cast(records, "float32"))
         is_usable = backend.take(is_usable, self._blocks_of_rows)

@@ -63,7 +63,9 @@ def mean_scaled(x, epsilon=0.0, mean=None):
     Returns:
         A tensor like `x`. Zeros give zeros.
     """
-    mean = (ops.mean(x) if mean is None else mean) + epsilon
+    mean = ops.mean(x) if mean is None else mean
+    if not isinstance(epsilon, float) or epsilon:
+        mean = mean + epsilon
     mean = ops.where(mean > _SMALLEST_NORMAL, mean, ops.ones_like(mean))
     return x / mean
 

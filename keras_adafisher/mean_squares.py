@@ -68,7 +68,7 @@ class MeanSquares:
             shouldn't spoil them.
         """
         old = ops.convert_to_tensor(self.variable)
-        new = ops.stack(
+        new = backend.stack(
             [
                 squares[index] if index in squares else old[place]
                 for index, place in self.places.items()

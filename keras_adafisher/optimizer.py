@@ -289,7 +289,9 @@ class AdaFisher(
         for probe in probes:
             probe.optimizers.add(self)
         # Without one, AdamW's rule.
-        self._fishers = [FisherDiagonal() for _ in variables]
+        self._fishers = [
+            FisherDiagonal(self._factors.vector) for _ in variables
+        ]
         # For each weight the factors that its gradient may have to estimate.
         self._curvatures_of = [[] for _ in variables]
         self._is_measuring_now = False
@@ -454,14 +456,12 @@ class AdaFisher(
             )
 
         def averaged():
-            squares = {
-                index: backend.mean_square_of_quotient(
-                    ops.convert_to_tensor(gradient),
-                    self._fishers[index],
-                    self.damping,
-                )
-                for index, gradient in gradients.items()
-            }
+            found = backend.mean_squares_of_quotients(
+                list(gradients.values()),
+                [self._fishers[index] for index in gradients],
+                self.damping,
+            )
+            squares = dict(zip(gradients, found, strict=True))
             return [self._mean_squares.averaged(squares, self._update_now)]
 
         if gradients and self._mean_squares is not None:
@@ -876,7 +876,7 @@ class AdaFisher(
             if step is not None and id(probe) not in step.answering:
                 answer = None
             if answer is not None:
-                found[id(probe)] = ops.convert_to_tensor(answer)
+                found[id(probe)] = answer
         return found
 
     def _warn_of_missing_answers(self):

@@ -33,9 +33,8 @@ from keras import ops
 from keras_adafisher import backend
 from keras_adafisher import steps
 
-# 9e-13: a mean square of 1e4 adds nothing to a gradient's norm of 1 in float32,
-# and one of 1e-25 doesn't vanish yet.
-ANSWER_SCALE = 2.0**-40
+# See the top. On PyTorch it is 1.
+ANSWER_SCALE = backend.ANSWER_SCALE
 
 
 class Probe:
@@ -56,6 +55,8 @@ class Probe:
         optimizers: Weak set of the AdaFishers that have been built for the
             block.
         process_group: On PyTorch, the processes whose answers belong together.
+        answer: On PyTorch, what was measured since the last update.
+        is_asked: On PyTorch, whether a compiled function measures.
     """
 
     def __init__(self, block, host, name="probe"):
@@ -70,6 +71,8 @@ class Probe:
         self.size = sum(self.sizes)
         self.optimizers = weakref.WeakSet()
         self.process_group = None
+        self.answer = None
+        self.is_asked = True
         self.variable = None
         self.tensor = backend.make_probe_tensor(self.size, block.parameters[0])
         if self.tensor is None:
@@ -113,11 +116,7 @@ class Probe:
         Returns:
             Float32 tensor of shape `(1 + entries of H,)`.
         """
-        statistic = self.block.activation_statistic(h)
-        # Split like the layer, whatever becomes of it: otherwise the compiler
-        # may choose that its input is whole, and gather that at each step.
-        statistic = backend.keep_layout_of(statistic, self.block.parameters[:1])
-        return self._join([np.ones(1, "float32"), statistic])
+        return self._join(self.activation_parts(h))
 
     def measure_gradients(self, s):
         """The second part of an answer, the mean squares of `s`, scaled.
@@ -128,26 +127,39 @@ class Probe:
         Returns:
             Float32 tensor of the remaining entries.
         """
+        return self._join(self.gradient_parts(s))
+
+    def activation_parts(self, h):
+        """List of the vectors that `measure_activations` joins, not scaled."""
+        # Split like the layer, whatever becomes of it: otherwise the compiler
+        # may choose that its input is whole, and gather that at each step.
+        statistic = backend.keep_layout_of(
+            self.block.activation_statistic(h),
+            self.block.activation_shape,
+            self.block.parameters[:1],
+        )
+        return [backend.one(statistic), backend.reshape(statistic, (-1,))]
+
+    def gradient_parts(self, s):
+        """List of the vectors that `measure_gradients` joins, not scaled."""
         statistic = self.block.gradient_statistic(s)
         shares_gradient = self.block.bias_gradient_shape is None
         statistic = backend.keep_layout_of(
-            statistic, self.block.parameters[: 2 if shares_gradient else 1]
+            statistic,
+            statistic.shape,
+            self.block.parameters[: 2 if shares_gradient else 1],
         )
-        gradient, bias_gradient = self.block.split_gradient(statistic)
-        parts = (
-            [gradient] if bias_gradient is None else [gradient, bias_gradient]
-        )
-        return self._join(parts)
+        parts = self.block.split_gradient(statistic)
+        return [
+            backend.reshape(part, (-1,)) for part in parts if part is not None
+        ]
 
     def _join(self, parts):
         # Whole on each device, one by one: pieces of split parts don't fit
         # together.
-        parts = [
-            backend.keep_layout(backend.reshape(part, (-1,)), self.variable)
-            for part in parts
-        ]
+        parts = [backend.keep_layout(part, self.variable) for part in parts]
         vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
-        return vector * ANSWER_SCALE
+        return vector if ANSWER_SCALE == 1 else vector * ANSWER_SCALE
 
     def split(self, answer):
         """Take an answer apart.

@@ -37,6 +37,8 @@ collect_ignore = [
         "test_mirrored_strategy.py": ["tensorflow"],
         "test_distributed_tensorflow.py": ["tensorflow"],
         "test_torch.py": ["torch"],
+        "test_torch_autodiff.py": ["torch"],
+        "test_torch_counter.py": ["torch"],
         "test_torch_update.py": ["torch"],
         "test_distributed_torch.py": ["torch"],
         "test_distributed_jax.py": ["jax"],

@@ -12,9 +12,12 @@ from models import cnn
 from models import cross_entropy
 from models import image_data
 from models import probes_in
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_counts import apply
+from torch_counts import CountReads
+from torch_counts import deep
 
 import keras_adafisher
+from benchmarks.models import make_task
 from benchmarks.published import PUBLISHED
 from keras_adafisher.backend import torch as torch_backend
 from keras_adafisher.backend import torch_update
@@ -68,29 +71,6 @@ def step_waits(make_model, optimizer, waits, steps):
     return counts
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what PyTorch itself, Python or not, reads from a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def deep(width=4, depth=3):
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            *(keras.layers.Dense(width) for _ in range(depth)),
-        ]
-    )
-
-
 def count_in_apply(model, optimizer, steps=3):
     """What the last of some steps of `apply` does."""
     keras_adafisher.wrap(model)
@@ -110,7 +90,7 @@ def count_in_apply(model, optimizer, steps=3):
 @pytest.mark.parametrize(
     "learning_rate", [0.1, keras.optimizers.schedules.CosineDecay(0.1, 9)]
 )
-def test_apply_reads_the_counter_only(
+def test_apply_waits_for_nothing(
     learning_rate, factor_update_steps, weight_decay
 ):
     optimizer = keras_adafisher.AdaFisher(
@@ -118,11 +98,10 @@ def test_apply_reads_the_counter_only(
         factor_update_steps=factor_update_steps,
         weight_decay=weight_decay,
     )
-    assert count_in_apply(deep(), optimizer).reads == 1
+    assert count_in_apply(deep(), optimizer).reads == 0
 
 
-def test_one_operation_per_variable_on_steps_that_do_not_measure():
-    """The product `H * S`: all others are for lists of variables."""
+def test_all_operations_of_plain_steps_are_for_lists_of_variables():
     growth = []
     for make in (
         # The fourth step is the first that doesn't measure.
@@ -134,7 +113,7 @@ def test_one_operation_per_variable_on_steps_that_do_not_measure():
             for depth in (3, 13)
         ]
         growth.append(counts[1] - counts[0])
-    assert growth == [2 * 10, 0]
+    assert growth == [0, 0]
 
 
 def test_operations_for_a_layer_on_steps_that_measure():
@@ -154,15 +133,52 @@ def test_operations_for_a_layer_on_steps_that_measure():
     measuring, plain = (
         operations(13, steps) - operations(3, steps) for steps in (1, 100)
     )
-    # For each of `H` and `S`: squares, their sum, its division. The copy of
-    # `H` for its gradient, the 1. Two gradients of three that are detached.
-    # Then views of `H`: as measured, as answered, old and new.
-    assert (measuring - plain) / 10 <= 18
+    # The identity, and for each of `H` and `S` squares and their mean.
+    assert (measuring - plain) / 10 == 5
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 736), ("other", 700)])
+def test_operations_of_a_vision_transformer(
+    device, limit, record_property, monkeypatch
+):
+    """The one of the benchmarks: 20 taps, 39 variables.
+
+    On a CPU, variables are updated in four lists, on accelerators in one.
+    """
+    if device != "cpu":
+        monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
+
+    def operations(optimizer, steps):
+        task = make_task("ViT")
+        task.compile(optimizer)
+        counts = []
+        for _ in range(steps):
+            with CountReads() as count:
+                task.step()
+            counts.append(count.operations)
+        return counts
+
+    adam = operations(keras.optimizers.Adam(), 2)
+    ours = operations(keras_adafisher.AdaFisher(), 12)
+    # The first ten steps measure the size of the steps, and one in ten the
+    # factors too.
+    first, second, measuring, plain = (ours[step] for step in (0, 1, 10, 11))
+    record_property(
+        "figure",
+        f"operations of a ViT's step ({device}): Adam {adam[1]}, first "
+        f"{adam[0]}; ours {plain}, measuring {measuring}, first {first}, "
+        f"second {second}",
+    )
+    assert plain <= adam[1] + 20
+    assert second <= adam[1] + 50
+    assert measuring <= limit
+    # Nothing but what it makes: each layer's views, each parameter's momentum.
+    assert first - measuring <= 550
 
 
 @pytest.mark.parametrize("make_model", [cnn, recurrent])
 @pytest.mark.parametrize("factor_update_steps", [1, 2, 100])
-def test_one_wait_more_than_momentum_sgd(
+def test_no_more_waits_than_momentum_sgd(
     factor_update_steps, make_model, waits
 ):
     sgd = keras.optimizers.SGD(momentum=0.9)
@@ -173,11 +189,10 @@ def test_one_wait_more_than_momentum_sgd(
         waits,
         4,
     )
-    more = [a - b for a, b in zip(ours, plain, strict=True)]
-    assert max(more) <= 1
+    assert ours == plain
 
 
-def test_probes_keep_no_gradient():
+def test_probes_keep_no_answer():
     """What a step leaves behind would be added to the next measurement."""
     x, y = image_data(examples=8)
     model = cnn()
@@ -186,7 +201,8 @@ def test_probes_keep_no_gradient():
     probes = probes_in(model)
     assert len(probes) == 4
     for probe in probes:
-        assert [tensor.grad for tensor in probe.inputs] == [None] * 3
+        assert probe.answer is None
+        assert probe.tensor.grad is None
 
 
 def test_modules_show_no_probes():
@@ -204,11 +220,6 @@ def test_modules_show_no_probes():
 
 def backward(model, loss_fn, x, y):
     loss_fn(y, model(x, training=True)).backward()
-
-
-def apply(model, optimizer):
-    variables = model.trainable_variables
-    optimizer.apply([v.value.grad for v in variables], variables)
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])
@@ -256,22 +267,39 @@ def test_backward_passes_add_up_until_the_gradients_are_cleared():
         torch.testing.assert_close(other, diagonals[0], rtol=1e-6, atol=0)
 
 
-def test_gradients_that_bypass_the_probes_warn():
+def test_backward_passes_that_keep_gradients_add_up_in_one_vector():
+    """However many there are before the next update."""
     x, y = map(torch.from_numpy, image_data(examples=8))
     model = cnn()
     keras_adafisher.wrap(model)
-    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
-    variables = model.trainable_variables
-    optimizer.build(variables)
+    for count in range(1, 4):
+        backward(model, cross_entropy(), x, y)
+        for probe in probes_in(model):
+            _, parts = probe.answer
+            calls = torch.cat(parts)[0]
+            assert calls == count
+            assert sum(map(len, parts)) == probe.size
 
-    def step():
+
+def test_gradients_of_autograd_grad_are_measured_too():
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    diagonals = []
+    for by_grad in (False, True):
+        keras.utils.set_random_seed(0)
+        model = cnn()
+        keras_adafisher.wrap(model)
+        optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+        variables = model.trainable_variables
+        optimizer.build(variables)
         loss = cross_entropy()(y, model(x, training=True))
-        values = [v.value for v in variables]
-        optimizer.apply(torch.autograd.grad(loss, values), variables)
-
-    with pytest.warns(UserWarning, match=r"gradients by `loss\.backward\(\)`"):
-        step()
-    step()
+        if by_grad:
+            values = [v.value for v in variables]
+            optimizer.apply(torch.autograd.grad(loss, values), variables)
+        else:
+            loss.backward()
+            apply(model, optimizer)
+        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+    assert torch.equal(*diagonals)
 
 
 def test_gradients_for_inputs_only_are_no_measurement():
@@ -280,10 +308,44 @@ def test_gradients_for_inputs_only_are_no_measurement():
     model = cnn()
     keras_adafisher.wrap(model)
     x.requires_grad_(True)
-    loss = cross_entropy()(y, model(x, training=True))
-    torch.autograd.grad(loss, x)
-    for probe in probes_in(model):
-        assert [tensor.grad for tensor in probe.inputs] == [None] * 3
+    for by_grad in (True, False):
+        loss = cross_entropy()(y, model(x, training=True))
+        if by_grad:
+            torch.autograd.grad(loss, x)
+        else:
+            loss.backward(inputs=[x])
+        assert [probe.answer for probe in probes_in(model)] == [None] * 4
+
+
+def test_names_of_pytorch_that_are_not_public():
+    """What a tap asks the engine, in the three kinds of backward passes."""
+    weight = torch.ones(2, requires_grad=True)
+    x = torch.ones(2, requires_grad=True)
+    node = (2 * weight).grad_fn.next_functions[0][0]
+    passes = {
+        "all": lambda loss: loss.backward(),
+        "inputs": lambda loss: torch.autograd.grad(loss, x),
+        "weights": lambda loss: torch.autograd.grad(loss, weight),
+    }
+    found, numbers = {}, set()
+
+    def ask(name):
+        found[name] = torch_backend._is_computed(node)
+        numbers.add(torch._C._current_graph_task_id())
+
+    for name, run in passes.items():
+        y = x * weight
+        y.register_hook(lambda _, name=name: ask(name))
+        y.register_hook(lambda _, name=name: ask(name))
+        run(y.sum())
+    assert found == {"all": True, "inputs": False, "weights": True}
+    assert len(numbers) == 3
+    assert torch._C._will_engine_execute_node
+    assert not torch._C._are_functorch_transforms_active()
+    torch.vmap(
+        lambda x: numbers.add(torch._C._are_functorch_transforms_active()) or x
+    )(x)
+    assert True in numbers
 
 
 def test_the_parallel_module_whose_forward_runs():

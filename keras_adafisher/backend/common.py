@@ -14,6 +14,12 @@ HOW_TO_MEASURE = (
 )
 
 
+# What answers are multiplied by on their way: see `probe.py`. 9e-13: a mean
+# square of 1e4 adds nothing to a gradient's norm of 1 in float32, and one of
+# 1e-25 doesn't vanish yet.
+ANSWER_SCALE = 2.0**-40
+
+
 class Updater:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
 
@@ -45,9 +51,23 @@ def answer_of(probe, gradients):
         gradients: Dict from the id of a probe's variable to its gradient.
 
     Returns:
-        Tensor, or `None` if there is none.
+        Tensor, or `None` if there is none. On PyTorch a list of tensors, the
+        parts of the vector.
     """
-    return gradients.get(id(probe.variable))
+    answer = gradients.get(id(probe.variable))
+    return None if answer is None else ops.convert_to_tensor(answer)
+
+
+def join_answers(answers):
+    """Join answers, one behind the other.
+
+    Args:
+        answers: List of what `answer_of` returned, or of vectors.
+
+    Returns:
+        Vector.
+    """
+    return answers[0] if len(answers) == 1 else ops.concatenate(answers)
 
 
 def request_outside_of_steps(probe):
@@ -188,11 +208,13 @@ def keep_layout(tensor, variable):
     return tensor
 
 
-def keep_layout_of(tensor, parameters):
+def keep_layout_of(tensor, shape, parameters):
     """`tensor`, laid out over devices like parameters that it belongs to.
 
     Args:
         tensor: Tensor.
+        shape: Tuple, the shape with which it broadcasts to the parameters. Where
+            nothing is distributed, the tensor isn't brought into it.
         parameters: List of variables. An axis of the tensor is split as those
             axes of theirs are that it meets in broadcasting, if they have its
             size and agree.
@@ -208,6 +230,11 @@ def constant(values, dtype):
         dtype: String.
     """
     return np.array(values, dtype)
+
+
+def one(x):
+    """A 1 in a vector of its own, on the device of a tensor `x`."""
+    return np.ones(1, "float32")
 
 
 def tap(z, h, probe, request):
@@ -248,22 +275,27 @@ def mean_square(x, axis):
     return ops.mean(x, axis=axis) if axis else x
 
 
-def mean_square_of_quotient(gradient, fisher, damping):
-    """Mean of the squared entries of `gradient / (fisher + damping)`.
+def mean_squares_of_quotients(gradients, fishers, damping):
+    """Means of the squared entries of `gradient / (fisher + damping)`.
 
     Args:
-        gradient: Float tensor.
-        fisher: `FisherDiagonal` of the parameter.
+        gradients: List of float tensors.
+        fishers: List of the `FisherDiagonal`s of their parameters.
         damping: Float.
 
     Returns:
-        Float32 scalar.
+        List of float32 scalars.
     """
     # With the exceptions of the backend that runs.
     from keras_adafisher import backend
 
-    quotient = ops.divide(gradient, fisher() + damping)
-    return backend.mean_square(quotient, tuple(range(len(quotient.shape))))
+    quotients = [
+        ops.divide(ops.convert_to_tensor(gradient), fisher() + damping)
+        for gradient, fisher in zip(gradients, fishers, strict=True)
+    ]
+    return [
+        backend.mean_square(q, tuple(range(len(q.shape)))) for q in quotients
+    ]
 
 
 def sum_min_max(x, low, high):
@@ -298,6 +330,11 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
 def reshape(x, shape):
     """`keras.ops.reshape`, of what isn't symbolic."""
     return x if tuple(x.shape) == tuple(shape) else ops.reshape(x, shape)
+
+
+def stack(scalars):
+    """`keras.ops.stack`, of scalar tensors."""
+    return ops.stack(scalars)
 
 
 def part(vector, start, size):

@@ -66,8 +66,8 @@ def tap(z, h, probe, request):
         # only, and needn't keep this one alive.
         first = first_part()
     else:
-        # Where no answer is wanted, there is the probe itself: as good as zero, and
-        # zeros made anew would be one kernel more to compile for each size.
+        # Where no answer is wanted, there is the probe itself, which is as good
+        # as zero: zeros made anew would be one kernel more for each size.
         zeros = jax.lax.stop_gradient(vector)
         first = jax.lax.cond(
             request,
@@ -340,10 +340,11 @@ def sum_min_max(x, low, high):
     )
 
 
-def keep_layout_of(tensor, parameters):
+def keep_layout_of(tensor, shape, parameters):
     distribution = keras.distribution.distribution()
     if distribution is None:
         return tensor
+    tensor = common.reshape(tensor, shape)
     # For each axis what the parameters say of it.
     found = [set() for _ in tensor.shape]
     for parameter in parameters:

@@ -15,6 +15,10 @@ from keras import ops
 # tensors that it is given as they are.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from keras_adafisher.backend.torch import count_up
+from keras_adafisher.backend.torch import request_outside_of_steps
+from keras_adafisher.backend.torch import step_number
+
 # Entries that are updated together, so that denominators take little memory.
 # On a CPU they should fit into its cache, and lists save less.
 _BATCH_SIZE = {"cpu": 2**17}
@@ -23,6 +27,28 @@ _OTHER_BATCH_SIZE = 2**26
 
 class Updater:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
+
+    # What the probes know: `Probe.is_asked`.
+    _is_asking = True
+
+    def apply(self, grads, trainable_variables=None):
+        step_number(self._iterations)
+        before = self._iterations.adafisher_number
+        super().apply(grads, trainable_variables)
+        count_up(self._iterations, before)
+        self._tell_compiled_functions()
+
+    def _tell_compiled_functions(self):
+        """Say on all probes whether they are asked in the next step."""
+        if in_stateless_scope() or not self.built:
+            return
+        is_asking = self.measures_factors()
+        if is_asking == self._is_asking:
+            return
+        self._is_asking = is_asking
+        for curvature in self._curvatures:
+            probe = curvature.probe
+            probe.is_asked = request_outside_of_steps(probe)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if in_stateless_scope() or self._has_own_update_step():
@@ -43,7 +69,12 @@ class Updater:
             if self._mean_squares is not None:
                 roots = self._mean_squares.roots(
                     self._update_now, self.adam_epsilon
-                ).unbind()
+                )
+                roots = (roots / self._correction()).unbind()
+            if _can_be_read(learning_rate):
+                learning_rate = float(learning_rate)
+            else:
+                learning_rate = ops.convert_to_tensor(learning_rate)
             # Lists of one dtype on one device are what is fast.
             groups = collections.defaultdict(list)
             for gradient, variable in zip(
@@ -64,36 +95,27 @@ class Updater:
     def _update_batch(
         self, is_factored, indices, values, gradients, learning_rate, roots
     ):
-        step = self._update_now + 1
-        if step <= 0:
-            # The counter, an int32, ran over. There is nothing to correct.
-            step = 2**31
         momentums = [self._momentums[index].value for index in indices]
         torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
-        size = 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
+        size = self._correction()
         if not is_factored:
             velocities = [self._velocities[index].value for index in indices]
             torch._foreach_mul_(velocities, self.adam_beta_2)
             torch._foreach_addcmul_(
                 velocities, gradients, gradients, 1 - self.adam_beta_2
             )
-            size *= (1 - self.adam_beta_2**step) ** 0.5
+            size *= (1 - self.adam_beta_2 ** self._step_now()) ** 0.5
         elif roots is not None:
             places = self._mean_squares.places
             roots = [roots[places[index]] for index in indices]
-        if _can_be_read(learning_rate):
-            learning_rate = float(learning_rate)
-        else:
-            learning_rate = ops.convert_to_tensor(learning_rate)
+        if isinstance(learning_rate, torch.Tensor):
             learning_rate = learning_rate.to(values[0].device)
         is_bounded = is_factored and roots is not None
-        take_step = _bounded_step if is_bounded else _step
-        # A large variable is the only one of its batch.
-        is_cut = len(values) == 1 and self._fishers[indices[0]].takes_rows
-        for rows in _rows(values[0]) if is_cut else [None]:
-            value, momentum, gradient = _cut(rows, values, momentums, gradients)
+        fishers = [self._fishers[index] for index in indices]
+        for rows, value in _parts(values, fishers):
+            momentum, gradient = _cut(rows, momentums, gradients)
             if is_factored:
-                denominator = [self._fishers[index](rows) for index in indices]
+                denominator = _diagonals(fishers, rows)
                 torch._foreach_add_(denominator, self.damping)
                 if is_bounded:
                     torch._foreach_mul_(denominator, roots)
@@ -106,7 +128,20 @@ class Updater:
                 momentum = torch._foreach_lerp(
                     momentum, gradient, 1 - self.beta
                 )
-            take_step(value, momentum, denominator, learning_rate, size)
+            if is_bounded:
+                _bounded_step(value, momentum, denominator, learning_rate)
+            else:
+                _step(value, momentum, denominator, learning_rate, size)
+
+    def _step_now(self):
+        """The number of this update, counted from 1."""
+        # Once the counter, an int32, has run over, nothing is to be corrected.
+        return self._update_now + 1 if self._update_now >= 0 else 2**31
+
+    def _correction(self):
+        """What the momentum is multiplied by, as an average from zero on."""
+        step = self._step_now()
+        return 1 / (1 - self.beta ** (step + 1 if self.nesterov else step))
 
     def _backend_reset_gradient_accumulators(self):
         if in_stateless_scope():
@@ -128,16 +163,63 @@ class Updater:
             torch._foreach_add_(values, grads)
 
 
-def mean_square_of_quotient(gradient, fisher, damping):
-    # In single precision at least.
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms = []
-    for rows in _rows(gradient) if fisher.takes_rows else [None]:
-        part = gradient if rows is None else gradient[rows]
-        quotient = part / fisher(rows).add_(damping)
-        norms.append(torch.linalg.vector_norm(quotient, dtype=dtype))
-    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    return (norm / gradient.numel() ** 0.5).square().to(torch.float32)
+def mean_squares_of_quotients(gradients, fishers, damping):
+    groups = collections.defaultdict(list)
+    for place, gradient in enumerate(gradients):
+        groups[gradient.dtype, gradient.device].append((place, gradient))
+    norms = {}
+    for (_, device), group in groups.items():
+        for places, batch in _batches(group, device):
+            batch_fishers = [fishers[place] for place in places]
+            parts = [
+                _norms_of_quotients(part, batch_fishers, damping, rows)
+                for rows, part in _parts(batch, batch_fishers)
+            ]
+            if len(parts) > 1:
+                # Those of the parts of one large tensor.
+                parts = [[torch.stack([norm for (norm,) in parts]).norm()]]
+            norms.update(zip(places, *parts, strict=True))
+    norms = [norms[place] for place in range(len(gradients))]
+    roots = [gradient.numel() ** 0.5 for gradient in gradients]
+    # In single precision, whatever the gradients are in.
+    means = torch._foreach_div(norms, roots)
+    return [mean.float() for mean in torch._foreach_mul(means, means)]
+
+
+def _norms_of_quotients(gradients, fishers, damping, rows):
+    denominators = _diagonals(fishers, rows)
+    torch._foreach_add_(denominators, damping)
+    return torch._foreach_norm(torch._foreach_div(gradients, denominators))
+
+
+def _diagonals(fishers, rows=None):
+    """List of new tensors, some Fisher diagonals."""
+    vector = fishers[0].vector.value
+    operands = [_operands(fisher, vector, rows) for fisher in fishers]
+    pairs = [pair for pair in operands if pair is not None]
+    products = torch._foreach_mul(*zip(*pairs, strict=True)) if pairs else []
+    products = iter(products)
+    return [
+        fisher(rows) if pair is None else next(products)
+        for fisher, pair in zip(fishers, operands, strict=True)
+    ]
+
+
+def _operands(fisher, vector, rows):
+    """`fisher.operands(rows)`, kept as long as they follow the factors."""
+    if rows is not None:
+        return fisher.operands(rows)
+    # Another vector is that of a stateless call.
+    if fisher.kept is None or fisher.kept[0] is not vector:
+        operands = fisher.operands()
+        if operands is None or not all(_is_view(x, vector) for x in operands):
+            return operands
+        fisher.kept = vector, operands
+    return fisher.kept[1]
+
+
+def _is_view(x, vector):
+    return x.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
 
 
 def _step(values, momentums, denominators, learning_rate, size):
@@ -152,10 +234,9 @@ def _step(values, momentums, denominators, learning_rate, size):
     torch._foreach_addcdiv_(values, momentums, denominators, value=-size)
 
 
-def _bounded_step(values, momentums, denominators, learning_rate, size):
-    """The same, but no entry by more than the learning rate."""
+def _bounded_step(values, momentums, denominators, learning_rate):
+    """The same for a size of 1, but no entry by more than the learning rate."""
     steps = torch._foreach_div(momentums, denominators)
-    torch._foreach_mul_(steps, size)
     torch._foreach_clamp_max_(steps, 1)
     torch._foreach_clamp_min_(steps, -1)
     if isinstance(learning_rate, float):
@@ -186,11 +267,23 @@ def _batches(group, device):
     yield zip(*batch, strict=True)
 
 
-def _rows(tensor):
-    """Slices of a large tensor's first axis. `[None]`: it needn't be cut.
+def _parts(tensors, fishers):
+    """Cut a batch into parts, so that what is temporary takes little memory.
 
-    What is temporary then takes little memory.
+    A large tensor is the only one of its batch.
+
+    Yields:
+        A slice of the tensor's first axis, `None` if nothing is cut, and the
+        list of what it cuts out of the tensors.
     """
+    is_cut = len(tensors) == 1 and fishers[0].takes_rows
+    for rows in _rows(tensors[0]) if is_cut else [None]:
+        (part,) = _cut(rows, tensors)
+        yield rows, part
+
+
+def _rows(tensor):
+    """Slices of a large tensor's first axis. `[None]`: it needn't be cut."""
     limit = _BATCH_SIZE.get(tensor.device.type, _OTHER_BATCH_SIZE)
     if tensor.numel() <= limit:
         return [None]

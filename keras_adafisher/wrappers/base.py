@@ -317,7 +317,8 @@ def _check_shapes(block, host):
 
 def _fisher_shape(block, name, shapes):
     """Shape of the Fisher diagonal that a method of a block returns."""
-    if getattr(type(block), name) is getattr(Block, name):
+    names = name, name.replace("fisher", "operands")
+    if all(getattr(type(block), n) is getattr(Block, n) for n in names):
         return np.broadcast_shapes(*shapes)
     # Symbolic: only shapes are computed, however large the parameter is.
     factors = [keras.KerasTensor(shape, dtype="float32") for shape in shapes]

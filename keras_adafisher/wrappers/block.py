@@ -70,7 +70,19 @@ class Block:
         A row is a position on the weight's first axis. Then large weights are
         updated in parts, and take less memory.
         """
+        cls = type(self)
+        has_own = cls.operands_of_weight is not Block.operands_of_weight
+        return self.has_operands_of_weight and not has_own
+
+    @property
+    def has_operands_of_weight(self):
+        """Whether `fisher_of_weight` is the product of two tensors."""
         return type(self).fisher_of_weight is Block.fisher_of_weight
+
+    @property
+    def has_operands_of_bias(self):
+        """Whether `fisher_of_bias` is the product of two tensors."""
+        return type(self).fisher_of_bias is Block.fisher_of_bias
 
     def activation_statistic(self, h):
         """Mean of `h²` over batch and positions, per input coordinate.
@@ -79,7 +91,8 @@ class Block:
             h: The activations that enter the map.
 
         Returns:
-            Float32 tensor of shape `activation_shape`.
+            Float32 tensor with the entries of `activation_shape` in their
+            order. Its axes don't matter.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `activation_statistic()`."
@@ -92,8 +105,8 @@ class Block:
             s: The gradient of the loss at the map's output.
 
         Returns:
-            Float32 tensor of shape `gradient_shape` or, with an override of
-            `split_gradient`, of any shape that this takes.
+            Float32 tensor with the entries of `gradient_shape` in their order
+            or, with an override of `split_gradient`, of any that this takes.
         """
         raise NotImplementedError(
             f"{self.__class__.__name__} must override `gradient_statistic()`."
@@ -106,8 +119,8 @@ class Block:
             statistic: What `gradient_statistic` returned.
 
         Returns:
-            A tensor of shape `gradient_shape`, and one of shape
-            `bias_gradient_shape` or `None`.
+            A tensor with the entries of `gradient_shape`, and one with those
+            of `bias_gradient_shape` or `None`.
         """
         return statistic, None
 
@@ -138,7 +151,18 @@ class Block:
             A new tensor that broadcasts to the weight's shape. The caller may
             overwrite it.
         """
+        activation, gradient = self.operands_of_weight(activation, gradient)
         return activation * gradient
+
+    def operands_of_weight(self, activation, gradient):
+        """The two tensors whose product `fisher_of_weight` is.
+
+        On PyTorch, those of all blocks are multiplied together.
+
+        Args:
+            activation, gradient: See `fisher_of_weight`.
+        """
+        return activation, gradient
 
     def fisher_of_bias(self, one, gradient):
         """The Fisher diagonal of the bias, undamped.
@@ -152,7 +176,16 @@ class Block:
             A new tensor that broadcasts to the bias' shape. The caller may
             overwrite it.
         """
+        one, gradient = self.operands_of_bias(one, gradient)
         return one * gradient
+
+    def operands_of_bias(self, one, gradient):
+        """The two tensors whose product `fisher_of_bias` is.
+
+        Args:
+            one, gradient: See `fisher_of_bias`.
+        """
+        return one, gradient
 
 
 class GradientBlock(Block):

@@ -80,7 +80,7 @@ class ConvBlock(Block):
         )
         group_size, groups = self.activation_shape[-2:]
         if groups == 1:
-            return backend.reshape(h, self.activation_shape)
+            return h
         # Channels are ordered by group.
         h = backend.reshape(h, (*self.kernel_size, groups, group_size))
         return ops.swapaxes(h, -1, -2)
@@ -101,11 +101,11 @@ class ConvBlock(Block):
             backend.reshape(gradient, self.gradient_shape),
         )
 
-    def fisher_of_weight(self, activation, gradient):
+    def operands_of_weight(self, activation, gradient):
         if self.groups > 1:
             filters_per_group = self.filters // self.groups
             activation = ops.repeat(activation, filters_per_group, axis=-1)
-        return activation * gradient
+        return activation, gradient
 
 
 @register_wrapper(keras.layers.Conv1D)

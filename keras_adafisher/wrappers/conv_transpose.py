@@ -75,8 +75,8 @@ class ConvTransposeBlock(Block):
         s = channel_mean_square(s, self.channels_first)
         return backend.reshape(s, self.gradient_shape)
 
-    def fisher_of_bias(self, one, gradient):
-        return one * backend.reshape(gradient, (-1,))
+    def operands_of_bias(self, one, gradient):
+        return one, backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.Conv1DTranspose)

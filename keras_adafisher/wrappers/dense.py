@@ -2,7 +2,6 @@
 
 import keras
 
-from keras_adafisher import backend
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
@@ -30,8 +29,7 @@ class DenseBlock(Block):
         self.gradient_shape = (outputs,)
 
     def activation_statistic(self, h):
-        h = mean_square(h, axis=tuple(range(len(h.shape) - 1)))
-        return backend.reshape(h, self.activation_shape)
+        return mean_square(h, axis=tuple(range(len(h.shape) - 1)))
 
     def gradient_statistic(self, s):
         return mean_square(s, axis=tuple(range(len(s.shape) - 1)))

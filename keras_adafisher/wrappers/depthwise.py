@@ -61,8 +61,8 @@ class DepthwiseConvBlock(Block):
         s = channel_mean_square(s, self.channels_first)
         return backend.reshape(s, self.gradient_shape)
 
-    def fisher_of_bias(self, one, gradient):
-        return one * backend.reshape(gradient, (-1,))
+    def operands_of_bias(self, one, gradient):
+        return one, backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.DepthwiseConv1D)

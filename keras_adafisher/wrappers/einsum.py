@@ -86,8 +86,7 @@ class EinsumBlock(Block):
         if self.reduction is not None:
             h = ops.einsum(self.reduction, ops.cast(h, "float32"))
         h = self._mean_square(h, self.input_labels, self.h_labels)
-        h = _permute(h, self.h_labels, self.kernel_h_labels)
-        return backend.reshape(h, self.activation_shape)
+        return _permute(h, self.h_labels, self.kernel_h_labels)
 
     def gradient_statistic(self, s):
         return self._mean_square(s, self.output_labels, self.measured_labels)
@@ -95,18 +94,18 @@ class EinsumBlock(Block):
     def split_gradient(self, statistic):
         gradient = _mean(statistic, self.measured_labels, self.s_labels)
         gradient = _permute(gradient, self.s_labels, self.kernel_s_labels)
-        gradient = backend.reshape(gradient, self.gradient_shape)
         if self.bias_gradient_shape is None:
             return gradient, None
-        bias_gradient = _mean(statistic, self.measured_labels, self.bias_labels)
-        return gradient, backend.reshape(bias_gradient, self.bias_shape)
+        return gradient, _mean(
+            statistic, self.measured_labels, self.bias_labels
+        )
 
-    def fisher_of_bias(self, one, gradient):
+    def operands_of_bias(self, one, gradient):
         if self.bias_gradient_shape is None:
             gradient = backend.reshape(gradient, self.s_sizes)
             gradient = _permute(gradient, self.kernel_s_labels, self.s_labels)
             gradient = backend.reshape(gradient, self.bias_shape)
-        return one * gradient
+        return one, gradient
 
     def _mean_square(self, x, labels, kept):
         """Mean of `x²` over the ellipsis and all labels that aren't `kept`."""

@@ -54,7 +54,10 @@ class EmbeddingBlock(Block):
             ids = ops.cast(ids, "int32")
         ids = ops.where(ids < 0, ids + inputs, ids)
         counts = backend.count_ids(ids, inputs)
-        frequencies = counts / ops.cast(ops.shape(ids)[0], "float32")
+        size = ops.shape(ids)[0]
+        if not isinstance(size, int):
+            size = ops.cast(size, "float32")
+        frequencies = counts / size
         return backend.reshape(frequencies, self.activation_shape)
 
     def gradient_statistic(self, s):

@@ -34,8 +34,8 @@ class ExpertsBlock(GradientBlock):
             weight, (experts, inputs, 1), (experts, 1, outputs), bias
         )
 
-    def fisher_of_bias(self, one, gradient):
-        return one * ops.squeeze(gradient, axis=1)
+    def operands_of_bias(self, one, gradient):
+        return one, ops.squeeze(gradient, axis=1)
 
 
 @register_wrapper_by_name("keras_hub", *EXPERTS)

@@ -139,12 +139,8 @@ def main():
     result["transfers_alone"] = sum(none)
     result["extra_collectives_measuring"] = ours[MEASURING] - sgd[MEASURING]
     result["extra_collectives_other"] = ours[OTHER] - sgd[OTHER]
-    numbers = sum(
-        np.prod(shape, dtype=int)
-        for probe in probes_in(model)
-        for shape in probe.shapes.values()
-    )
-    result["extra_bytes"] = 4 * int(numbers)
+    numbers = sum(probe.size for probe in probes_in(model))
+    result["extra_bytes"] = 4 * numbers
     result["gradient_bytes"] = 4 * model.count_params()
 
     late, *_ = train(True, wrap_first=False)
