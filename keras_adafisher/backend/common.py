@@ -213,8 +213,8 @@ def keep_layout_of(tensor, shape, parameters):
 
     Args:
         tensor: Tensor.
-        shape: Tuple, the shape with which it broadcasts to the parameters. Where
-            nothing is distributed, the tensor isn't brought into it.
+        shape: Tuple, the shape with which it broadcasts to the parameters. It
+            isn't brought into it where nothing is distributed.
         parameters: List of variables. An axis of the tensor is split as those
             axes of theirs are that it meets in broadcasting, if they have its
             size and agree.
