@@ -163,7 +163,26 @@ class Hyperparameter:
         self.name = name
 
     def __set__(self, instance, value):
-        vars(instance)[self.name] = RULES[self.name].checked(self.name, value)
+        value = RULES[self.name].checked(self.name, value)
+        attributes = vars(instance)
+        is_fixed = attributes.get("built") and self.name in attributes
+        if is_fixed and _variables_for(self.name, value) != _variables_for(
+            self.name, attributes[self.name]
+        ):
+            raise ValueError(
+                f"Argument `{self.name}` decides which variables the optimizer "
+                "has, and can't be changed once it is built. Make a new "
+                f"optimizer. Received: {self.name}={value}, and the optimizer "
+                f"was built with {self.name}={attributes[self.name]}"
+            )
+        attributes[self.name] = value
+
+
+def _variables_for(name, value):
+    """What an argument's value says about the optimizer's variables."""
+    if name in ("normalization", "gradient_accumulation_steps"):
+        return value
+    return value is None if name == "rms_decay" else None
 
 
 class Hyperparameters:

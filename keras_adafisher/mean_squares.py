@@ -20,15 +20,16 @@ from keras_adafisher import backend
 class MeanSquares:
     """The running mean squares of all parameters that have factors.
 
-    They are measured at each of the first `interval` updates, when gradients
-    change fastest, and then at one in `interval`. Until the next one, a
+    They are measured at each of the first `factor_update_steps` updates, when
+    gradients change fastest, and then at one in so many. Until the next one, a
     measurement stands for the updates in between too: the average is over
     updates, not over measurements.
 
     Args:
         indices: List of the parameters' numbers in the optimizer.
-        decay: Float, the decay rate of the average.
-        interval: Int, see above.
+        settings: What has the attributes `rms_decay`, the decay rate of the
+            average, and `factor_update_steps`: the `AdaFisher`. They are read
+            where they are used, since they may be changed.
         add_variable: Callable `(shape, initializer, name)`.
 
     Attributes:
@@ -36,13 +37,20 @@ class MeanSquares:
         places: Dict from a parameter's number to that of its entry.
     """
 
-    def __init__(self, indices, decay, interval, add_variable):
+    def __init__(self, indices, settings, add_variable):
         self.places = {index: place for place, index in enumerate(indices)}
-        self._decay = decay
-        self._interval = interval
+        self._settings = settings
         self.variable = add_variable(
             shape=(len(indices),), initializer="zeros", name="mean_squares"
         )
+
+    @property
+    def _decay(self):
+        return self._settings.rms_decay
+
+    @property
+    def _interval(self):
+        return self._settings.factor_update_steps
 
     def are_measured(self, update):
         """Whether there is a measurement at an update.

@@ -321,8 +321,7 @@ class AdaFisher(
         if factored and self.rms_decay is not None:
             self._mean_squares = MeanSquares(
                 factored,
-                self.rms_decay,
-                self.factor_update_steps,
+                self,
                 functools.partial(
                     self.add_variable,
                     dtype="float32",

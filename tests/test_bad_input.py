@@ -479,6 +479,27 @@ def test_gradients_and_values_that_do_not_fit(optimizer):
     assert_same(after, before)
 
 
+def test_settings_that_the_optimizer_is_built_with():
+    """They decide which variables there are, and what is in them."""
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.normalization = "min_max"
+    optimizer.build(model.trainable_variables)
+    for name, value in (
+        ("normalization", "mean"),
+        ("rms_decay", None),
+        ("gradient_accumulation_steps", 2),
+    ):
+        before = getattr(optimizer, name)
+        with pytest.raises(ValueError) as error:
+            setattr(optimizer, name, value)
+        assert f"`{name}` decides which variables" in str(error.value)
+        assert getattr(optimizer, name) == before
+        setattr(optimizer, name, before)
+    optimizer.rms_decay = 0.5
+
+
 def test_variables_to_build_with():
     model = mlp()
     keras_adafisher.wrap(model)

@@ -159,7 +159,12 @@ def test_training_after_unwrap_is_an_error():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("damping", 0.1), ("factor_update_steps", 1), ("weight_decay", 0.3)],
+    [
+        ("damping", 0.1),
+        ("factor_update_steps", 1),
+        ("rms_decay", 0.5),
+        ("weight_decay", 0.3),
+    ],
 )
 def test_a_setting_that_is_changed_between_two_fits_counts(name, value):
     """As `learning_rate` does, though the step is compiled already."""

@@ -1,5 +1,7 @@
 """The running mean squares, against numbers that are written out."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ def make(indices=(3,), decay=0.5, interval=2):
     def add_variable(shape, initializer, name):
         return keras.Variable(np.zeros(shape, "float32"), name=name)
 
-    return MeanSquares(list(indices), decay, interval, add_variable)
+    settings = types.SimpleNamespace(
+        rms_decay=decay, factor_update_steps=interval
+    )
+    return MeanSquares(list(indices), settings, add_variable)
 
 
 def take_in(mean_squares, squares, update):
