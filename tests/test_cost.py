@@ -326,7 +326,7 @@ def test_a_step_is_traced_once(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="The only one that compiles them")
-def test_requests_outside_of_a_step_compile_nothing():
+def test_wrapping_and_building_compile_nothing():
     import jax
 
     layers = [keras.layers.Dense(size) for size in (5, 6, 7)]

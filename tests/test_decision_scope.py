@@ -61,6 +61,13 @@ def own_step():
     )
 
 
+def rematerialized():
+    if BACKEND == "tensorflow":
+        pytest.skip("fails in plain Keras on TensorFlow: RematScope")
+    with keras.RematScope(mode="full"):
+        return mlp()
+
+
 def optimizer(**kwargs):
     kwargs = {"factor_update_steps": 3, **kwargs}
     return keras_adafisher.AdaFisher(1e-2, **kwargs)
@@ -99,6 +106,7 @@ CASES = {
         {},
     ),
     "several optimizers": (mlp, several, {}),
+    "rematerialized": (rematerialized, optimizer, {}),
     "averages": (
         mlp,
         lambda: optimizer(use_ema=True, ema_overwrite_frequency=4),
