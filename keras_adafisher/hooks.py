@@ -123,7 +123,15 @@ def _hooked_make_train_function(make_train_function):
 
         @functools.wraps(train_step)
         def step(*args):
-            return run_step(train_step, optimizers, args)
+            # The values of variables are in the state, which comes first on
+            # JAX. Data may have the same shapes.
+            *state, data = args
+
+            @functools.wraps(train_step)
+            def on_state(*state):
+                return train_step(*state, data)
+
+            return run_step(on_state, optimizers, state)
 
         # Keras' trainers read the method once, here.
         replaced = vars(self).get("train_step")

@@ -192,16 +192,20 @@ def probes_at(parameter):
 
 
 def probes_of(parameters):
-    """List of the `Probe`s that measure for any of some parameters.
+    """List of the `Probe`s that measure for some parameters.
 
-    Without those of layers that don't train.
+    Without those of layers that don't train. Where several optimizers share a
+    layer's parameters, the probe goes with the weight: it answers once.
     """
-    found = {
-        id(probe): probe
-        for parameter in parameters
-        for probe in probes_at(parameter)
-        if probe.host.trainable
-    }
+    parameters = list(parameters)
+    known = {id(parameter) for parameter in parameters}
+    found = {}
+    for parameter in parameters:
+        for probe in probes_at(parameter):
+            weight = probe.block.parameters[0]
+            is_elsewhere = weight.trainable and id(weight) not in known
+            if probe.host.trainable and not is_elsewhere:
+                found[id(probe)] = probe
     return list(found.values())
 
 

@@ -258,6 +258,24 @@ def test_state_may_be_in_dicts_and_tuples():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
+@TRACED
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_other_values_have_the_shapes_of_the_weights(scope):
+    """A batch like a kernel, and moving averages like scales."""
+    keras_adafisher.set_decision_scope(scope)
+    for layer in (
+        keras.layers.Dense(4, use_bias=False),
+        keras.layers.BatchNormalization(),
+    ):
+        model = keras.Sequential([keras.Input((4,)), layer])
+        model.compile(optimizer(), loss="mse")
+        x = np.random.default_rng(0).normal(size=(4, 4)).astype("float32")
+        model.fit(x, x + 1, epochs=3, verbose=0)
+        assert len(model.trainable_variables) == len(model.trainable_weights)
+        for row in keras_adafisher.coverage(model).rows:
+            assert row.source == "measured"
+
+
 @JAX
 def test_a_function_without_the_state_of_the_optimizer():
     model = mlp()

@@ -211,6 +211,8 @@ class _State:
                 results,
                 weights + probes,
                 lambda node, count=count: node[:count],
+                # Gradients too, if they are returned.
+                only_first=False,
             )
         return results
 
@@ -259,14 +261,20 @@ def _fits(node, shapes):
     )
 
 
-def _replace(tree, shapes, change):
-    def is_leaf(node):
-        return _fits(node, shapes)
+def _replace(tree, shapes, change, only_first=True):
+    """Change lists of values of some shapes in nested arguments."""
+    is_done = False
+
+    def change_if_it_fits(node):
+        nonlocal is_done
+        if is_done or not _fits(node, shapes):
+            return node
+        # The moving averages of normalizations may have the weights' shapes.
+        is_done = only_first
+        return change(node)
 
     return jax.tree.map(
-        lambda node: change(node) if is_leaf(node) else node,
-        tree,
-        is_leaf=is_leaf,
+        change_if_it_fits, tree, is_leaf=lambda node: _fits(node, shapes)
     )
 
 
