@@ -14,7 +14,7 @@ longer and conditions cost next to nothing.
 """
 
 import functools
-import os
+from os import environ
 
 import keras
 
@@ -23,7 +23,7 @@ from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.steps import Step
 
 _SCOPES = ("auto", "layer", "step")
-_scope = os.environ.get("ADAFISHER_DECISION_SCOPE", "auto")
+_scope = environ.get("ADAFISHER_DECISION_SCOPE", "auto")
 
 
 def set_decision_scope(scope):

@@ -297,6 +297,7 @@ class AdaFisher(
         self._is_measuring_now = False
         self._update_now = None
         self._shared = None
+        self._measured = set()
         self._unmeasured = set()
         for curvature in self._curvatures:
             for parameter, *term in curvature.terms():
@@ -352,8 +353,11 @@ class AdaFisher(
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        elif self.built and len(grads) == len(self._trainable_variables):
-            trainable_variables = self._trainable_variables
+        elif self.built and len(grads) in (
+            self._weight_count,
+            len(self._trainable_variables),
+        ):
+            trainable_variables = self._trainable_variables[: len(grads)]
         if trainable_variables is None or len(grads) == 0:
             # Nothing to do, or Keras' own error.
             super().apply(grads, trainable_variables)
@@ -816,7 +820,11 @@ class AdaFisher(
             return
         found = self._answers_by_probe(answers)
         probes = [c.probe for c in self._curvatures if id(c.probe) in found]
-        measured = {
+        count = self.gradient_accumulation_steps or 1
+        if count == 1 or backend.is_traced(step) or step % count == 0:
+            self._measured = set()
+        # By all steps of an update so far.
+        self._measured |= {
             curvature.key
             for curvature in self._curvatures
             if id(curvature.probe) in found
@@ -825,7 +833,7 @@ class AdaFisher(
         self._unmeasured = {
             id(curvature)
             for curvature in self._curvatures
-            if curvature.key not in measured
+            if curvature.key not in self._measured
         }
         for curvature in self._curvatures:
             curvature.is_estimated = id(curvature) in self._unmeasured
@@ -840,7 +848,6 @@ class AdaFisher(
         answered = dict(zip(map(id, probes), sums, strict=True))
         factors = self._factors
 
-        count = self.gradient_accumulation_steps or 1
         # The scale of the loss is the scale of `s`.
         scale = self._loss_scale_now() * count
 

@@ -42,7 +42,7 @@ def test_one_condition_around_the_step(engine):
     result = devices()[engine]
     assert result["difference_of_scopes"] <= 2e-6
     assert result["extra_of_a_plain_step"] == {}
-    assert result["extra_of_a_measuring_step"]["all-reduce"] >= 1
+    assert result["extra_of_a_measuring_step"]["bytes"] > 0
 
 
 def test_model_parallel():

@@ -268,15 +268,14 @@ def test_a_batch_without_gradients_moves_nothing_and_spoils_nothing():
 
 
 def test_a_layer_that_a_step_does_not_use_keeps_its_factors():
-    """No answer is no measurement of zeros. (PyTorch warns of none at all.)"""
+    """No answer is no measurement of zeros. No answer at all: a warning."""
     model = trained(adafisher(factor_update_steps=1), steps=2)
     optimizer, variables = model.optimizer, model.trainable_variables
     before = factors(optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.apply([keras.ops.zeros(v.shape) for v in variables])
-    is_said = any("no layer has reported" in str(w.message) for w in caught)
-    assert is_said == (BACKEND == "torch")
+    assert any("no layer has reported" in str(w.message) for w in caught)
     assert_same(factors(optimizer), before)
     train(model, [0])
     assert all(

@@ -42,29 +42,6 @@ def test_layer_flatten_layers():
     assert layers.index(model) < layers.index(model.layers[0])
 
 
-def test_quantize_passes_over_a_layer_with_sub_layers(layer):
-    """So a wrapped layer's `_flatten_layers` hides the wrapper."""
-    model = keras.Sequential([keras.Input((4,)), layer])
-    layer._tracker.unlock()
-    layer.sublayer = keras.layers.Activation("relu")
-    model.quantize("int8", filters=lambda each: each is layer)
-    assert layer.quantization_mode is None
-    layer._flatten_layers = lambda *args, **kwargs: [layer]
-    model.quantize("int8", filters=lambda each: each is layer)
-    assert layer.quantization_mode == "int8"
-
-
-def test_layer_tracker(layer):
-    """A wrapper is added to a layer that is built, and removed."""
-    assert layer._tracker.locked
-    layer._tracker.unlock()
-    sublayer = layer.sublayer = keras.layers.Dense(1)
-    layer._tracker.lock()
-    assert sublayer in layer._flatten_layers()
-    layer._tracker.untrack(sublayer)
-    assert sublayer not in layer._flatten_layers()
-
-
 def test_build_is_an_attribute_of_the_layer():
     """What isn't built yet is wrapped in its `build`."""
     assert "build" in vars(keras.layers.Dense(3))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -418,3 +419,32 @@ def test_custom_loop():
     ]:
         actual = custom_loop(wraps_inside, builds_before, is_traced)
         assert_close(actual, state(expected), 2e-6)
+
+
+def test_variables_of_tensorflow_in_and_outside_of_the_scope():
+    """As Keras' own test of a single step has them."""
+    strategy = mirrored()
+    with strategy.scope():
+        optimizer = keras_adafisher.AdaFisher(1e-3)
+        inside = tf.Variable([1.0, 2.0])
+    gradients = [tf.constant([1.0, 1.0])]
+    with pytest.warns(UserWarning, match="none of the 1 variables"):
+        strategy.run(
+            lambda: optimizer.apply_gradients(
+                zip(gradients, [inside], strict=True)
+            )
+        )
+    np.testing.assert_allclose(inside.numpy(), [0.999, 1.999], rtol=1e-5)
+    with strategy.scope():
+        other = keras_adafisher.AdaFisher()
+    outside = tf.Variable([1.0, 2.0])
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"with strategy\.scope"),
+    ):
+        warnings.simplefilter("ignore")
+        strategy.run(
+            lambda: other.apply_gradients(
+                zip(gradients, [outside], strict=True)
+            )
+        )

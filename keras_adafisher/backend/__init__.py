@@ -22,6 +22,7 @@ from keras_adafisher.backend.common import evaluator
 from keras_adafisher.backend.common import has_accelerator
 from keras_adafisher.backend.common import HOW_TO_MEASURE
 from keras_adafisher.backend.common import in_replica
+from keras_adafisher.backend.common import is_traced
 from keras_adafisher.backend.common import join_answers
 from keras_adafisher.backend.common import keep_layout
 from keras_adafisher.backend.common import keep_layout_of
@@ -51,6 +52,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import entry
     from keras_adafisher.backend.jax import evaluator
     from keras_adafisher.backend.jax import has_accelerator
+    from keras_adafisher.backend.jax import is_traced
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import keep_layout_of
     from keras_adafisher.backend.jax import part
@@ -66,6 +68,7 @@ elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.backend.tensorflow import differentiate
     from keras_adafisher.backend.tensorflow import has_accelerator
     from keras_adafisher.backend.tensorflow import in_replica
+    from keras_adafisher.backend.tensorflow import is_traced
     from keras_adafisher.backend.tensorflow import mean_square
     from keras_adafisher.backend.tensorflow import pointwise_conv
     from keras_adafisher.backend.tensorflow import run_step
@@ -116,6 +119,7 @@ __all__ = [
     "evaluator",
     "has_accelerator",
     "in_replica",
+    "is_traced",
     "join_answers",
     "keep_layout",
     "keep_layout_of",

@@ -99,6 +99,11 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
         return function(*args, **kwargs)
 
 
+def is_traced(tensor):
+    """Whether a tensor has no value yet: a program is made of the step."""
+    return False
+
+
 def has_accelerator():
     """Whether training steps run on something else than a CPU."""
     return False

@@ -150,7 +150,7 @@ class _State:
     def __init__(self, optimizers, function, args, kwargs):
         self._arguments = args, kwargs
         self._lists = []
-        self._variables = []
+        self._owners = []
         self.mapping = []
         for optimizer in optimizers:
             if not optimizer.built:
@@ -170,7 +170,7 @@ class _State:
                     function, "optimizer.variables", optimizer, args, kwargs
                 )
             self.mapping += zip(optimizer.variables, values, strict=True)
-            self._variables += [optimizer.variables, weights]
+            self._owners += [optimizer.variables, weights]
             if not probes:
                 continue
             if self._find(weights) is None:
@@ -224,7 +224,7 @@ class _State:
         """
         if keras.distribution.distribution() is None:
             return results
-        for variables in self._variables:
+        for variables in self._owners:
             results = _replace(
                 results,
                 _shapes(variables),
@@ -302,6 +302,10 @@ def _is_flat(node):
     return isinstance(node, list | tuple) and all(
         hasattr(value, "shape") for value in node
     )
+
+
+def is_traced(tensor):
+    return isinstance(tensor, jax.core.Tracer)
 
 
 def has_accelerator():

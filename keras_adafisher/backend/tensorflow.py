@@ -86,6 +86,10 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
     return tf.cond(measures, lambda: run("measure"), lambda: run("plain"))
 
 
+def is_traced(tensor):
+    return not tf.executing_eagerly()
+
+
 def has_accelerator():
     return any(map(tf.config.list_logical_devices, ("GPU", "TPU")))
 
