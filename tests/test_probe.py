@@ -7,6 +7,7 @@ from keras import ops
 from models import to_numpy
 
 import keras_adafisher
+from keras_adafisher import backend
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import probe_of
@@ -61,12 +62,10 @@ def gradients(owner, inputs, cotangents, model=None):
         for variable in variables:
             variable.value.grad = None
         loss_of(model(*inputs)).backward()
-        tensors = owner.kernel.value, owner.probe.tensor
-        kernel, answer = (
-            None if tensor.grad is None else to_numpy(tensor.grad)
-            for tensor in tensors
-        )
-        return kernel, answer if answer is None else answer * 2.0**40
+        answer = backend.answer_of(owner.probe, {})
+        if answer is not None:
+            answer = to_numpy(backend.join_answers([answer]))
+        return to_numpy(owner.kernel.value.grad), answer
     else:
         import jax
 
