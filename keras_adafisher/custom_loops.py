@@ -92,8 +92,8 @@ def training_step(*optimizers):
 
     JAX, where it goes inside of `jax.jit`. The function takes and returns the
     values of the plain model's trainable variables, as a list or a tuple, and
-    those of `optimizer.variables`, somewhere among its arguments. The first
-    that has the shapes of a list is taken for it:
+    those of `optimizer.variables`, somewhere among its arguments. (Of several
+    optimizers with variables of equal shapes, in the optimizers' order.)
 
     ```python
     @jax.jit

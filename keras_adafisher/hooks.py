@@ -9,6 +9,9 @@
 - `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
   while a training step runs. Keras' trainers, and `train_step`s of one's own,
   take what they differentiate from there.
+- `Layer.stateless_call` takes lists with a step's probes behind them for models
+  that have none: on JAX, all lists with the shapes of the weights have them.
+- `MultiOptimizer.apply` takes lists without probes: it counts its variables.
 - `LossScaleOptimizer.build` and `MultiOptimizer.build` hand the probes on to
   the AdaFishers inside, and tell these by what the loss is scaled.
 
@@ -23,6 +26,7 @@ import keras
 from keras_adafisher.arguments import RULES
 from keras_adafisher.custom_loops import adafishers
 from keras_adafisher.custom_loops import run_step
+from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_of
 from keras_adafisher.probe import with_probes
 from keras_adafisher.steps import current
@@ -51,11 +55,17 @@ def install():
     for name in ("trainable_variables", "trainable_weights"):
         hooked = _hooked_list(getattr(keras.layers.Layer, name))
         setattr(keras.layers.Layer, name, hooked)
+    keras.layers.Layer.stateless_call = _hooked_stateless_call(
+        keras.layers.Layer.stateless_call
+    )
     for optimizer_class in (
         keras.optimizers.LossScaleOptimizer,
         keras.optimizers.MultiOptimizer,
     ):
         optimizer_class.build = _hooked_build(optimizer_class.build)
+    keras.optimizers.MultiOptimizer.apply = _hooked_apply(
+        keras.optimizers.MultiOptimizer.apply
+    )
 
 
 def _hooked_compile(compile):
@@ -95,29 +105,35 @@ def _check_mode():
 
 def _hooked_make_train_function(make_train_function):
     @functools.wraps(make_train_function)
-    def make_of_training_step(self, *args, **kwargs):
+    def make_of_training_step(self, force=False):
         optimizers = _optimizers_of(self)
         inner = list(adafishers(*optimizers))
         if not inner:
-            return make_train_function(self, *args, **kwargs)
+            return make_train_function(self, force)
         for adafisher in inner:
             adafisher.check_that_layers_are_wrapped()
         # TensorFlow's trainer builds the optimizer while it traces the step,
-        # and a `tf.function` that has made variables is traced once more.
+        # and a `tf.function` that has made variables is traced once more. (A
+        # `train_step` of the user's may train other variables too.)
         optimizer = getattr(self, "optimizer", None)
-        if any(adafishers(optimizer)) and not optimizer.built:
+        of_keras = getattr(self.train_step, "__func__", None)
+        if (
+            of_keras is keras.Model.train_step
+            and any(adafishers(optimizer))
+            and not optimizer.built
+        ):
             layers = layers_in("make_train_function", self)
             if all(layer.built for layer in layers):
                 optimizer.build(self.trainable_variables)
         if keras.backend.backend() == "torch":
-            return make_train_function(self, *args, **kwargs)
+            return make_train_function(self, force)
         # A step that is traced has the numbers of when it was.
         settings = [
             {name: getattr(adafisher, name) for name in RULES}
             for adafisher in inner
         ]
         if _traced_settings.get(self, settings) != settings:
-            kwargs["force"] = True
+            force = True
         _traced_settings[self] = settings
         train_step = self.train_step
 
@@ -137,7 +153,7 @@ def _hooked_make_train_function(make_train_function):
         replaced = vars(self).get("train_step")
         vars(self)["train_step"] = step
         try:
-            return make_train_function(self, *args, **kwargs)
+            return make_train_function(self, force)
         finally:
             if replaced is None:
                 del vars(self)["train_step"]
@@ -150,13 +166,21 @@ def _hooked_make_train_function(make_train_function):
 def _optimizers_of(model):
     """The optimizers that a model's `train_step` may apply.
 
-    A model with several, a GAN for instance, has them as attributes. On JAX,
-    where state is passed along, there is one whose state Keras' trainer passes.
+    A model with several, a GAN for instance, has them as attributes, or in
+    lists or dicts. On JAX, where state is passed along, there is one whose
+    state Keras' trainer passes.
     """
     optimizer = getattr(model, "optimizer", None)
     if keras.backend.backend() == "jax":
         return [] if optimizer is None else [optimizer]
-    values = [optimizer, *vars(model).values()]
+    values = [optimizer]
+    for value in vars(model).values():
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple):
+            values += value
+        else:
+            values.append(value)
     found = {
         id(value): value
         for value in values
@@ -169,9 +193,34 @@ def _hooked_list(variables):
     @functools.wraps(variables.fget)
     def and_probes(self):
         found = variables.fget(self)
-        return found if current() is None else with_probes(found)
+        step = current()
+        # Without taps, a tape has no gradients for probes: `None` in a list in
+        # which other code expects tensors. (On JAX they are zeros, and what is
+        # passed along has the same length on all steps.)
+        is_plain = step is not None and step.mode == "plain"
+        if step is None or (is_plain and keras.backend.backend() != "jax"):
+            return found
+        return with_probes(found)
 
     return property(and_probes)
+
+
+def _hooked_stateless_call(stateless_call):
+    @functools.wraps(stateless_call)
+    def call_without_probes(
+        self, trainable_variables, non_trainable_variables, *args, **kwargs
+    ):
+        if current() is not None:
+            # A copy of the trained model that isn't trained, for instance.
+            count = len(self.trainable_variables)
+            trainable_variables = trainable_variables[:count]
+            count = len(self.non_trainable_variables)
+            non_trainable_variables = non_trainable_variables[:count]
+        return stateless_call(
+            self, trainable_variables, non_trainable_variables, *args, **kwargs
+        )
+
+    return call_without_probes
 
 
 def _hooked_build(build):
@@ -187,3 +236,20 @@ def _hooked_build(build):
                 adafisher.set_loss_scale(self.dynamic_scale)
 
     return build_with_probes
+
+
+def _hooked_apply(apply):
+    @functools.wraps(apply)
+    def apply_with_probes(self, grads, trainable_variables=None):
+        if trainable_variables is not None and self.built:
+            given = set(map(id, trainable_variables))
+            missing = [
+                variable
+                for variable in self._trainable_variables
+                if probe_of(variable) is not None and id(variable) not in given
+            ]
+            grads = [*grads, *[None for _ in missing]]
+            trainable_variables = [*trainable_variables, *missing]
+        apply(self, grads, trainable_variables)
+
+    return apply_with_probes

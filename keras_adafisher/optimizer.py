@@ -363,6 +363,12 @@ class AdaFisher(
             super().apply(grads, trainable_variables)
             return
         if len(grads) != len(trainable_variables):
+            # What sums up gradients by hand was made outside of a step, with
+            # one sum for each weight.
+            weights = [v for v in trainable_variables if probe_of(v) is None]
+            if len(grads) == len(weights):
+                trainable_variables = weights
+        if len(grads) != len(trainable_variables):
             raise ValueError(
                 "Argument `grads` of `apply` must have one gradient for each "
                 f"of the {len(trainable_variables)} variables. "
@@ -445,6 +451,7 @@ class AdaFisher(
             for curvature in self._curvatures_of[index]:
                 if id(curvature) in self._unmeasured:
                     unmeasured[id(curvature)] = gradient
+                    curvature.is_estimated = True
         factors = self._factors
 
         def estimated():
@@ -836,7 +843,8 @@ class AdaFisher(
             if curvature.key not in self._measured
         }
         for curvature in self._curvatures:
-            curvature.is_estimated = id(curvature) in self._unmeasured
+            if id(curvature) not in self._unmeasured:
+                curvature.is_estimated = False
         self._warn_of_missing_answers()
         if not probes:
             return

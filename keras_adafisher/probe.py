@@ -216,10 +216,15 @@ def with_probes(variables):
         variables: List of variables.
 
     Returns:
-        List. On PyTorch, where probes are no variables, the same list.
+        List. On PyTorch, where probes are no variables, an equal one.
     """
     known = {id(variable) for variable in variables}
-    probes = [probe.variable for probe in probes_of(variables)]
+    # What is estimated has no tap, and its probe never has a gradient.
+    probes = [
+        probe.variable
+        for probe in probes_of(variables)
+        if not probe.block.is_estimated
+    ]
     return [
         *variables,
         *(v for v in probes if v is not None and id(v) not in known),

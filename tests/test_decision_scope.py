@@ -12,6 +12,7 @@ from models import assert_close
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import probes_in
 from models import state
 
 import keras_adafisher
@@ -238,6 +239,99 @@ def test_custom_loops_both_ways(make_optimizer):
     assert_close(step, layer, 2e-6)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Has `None` gradients")
+@pytest.mark.parametrize("scope", ["layer", "step"])
+@pytest.mark.parametrize("name", ["measured", "estimated"])
+def test_no_gradient_is_none(name, scope):
+    """A `train_step` may compute with gradients as it does with Adam."""
+    import tensorflow as tf
+
+    class Scaled(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            variables = self.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            gradients = [gradient * 0.5 for gradient in gradients]
+            self.optimizer.apply(gradients, variables)
+            return {"loss": loss}
+
+    keras_adafisher.set_decision_scope(scope)
+    layers = {
+        "measured": [keras.layers.Dense(4)],
+        "estimated": [keras.layers.Reshape((6, 1)), keras.layers.LSTM(4)],
+    }
+    model = Scaled([keras.Input((6,)), *layers[name], keras.layers.Dense(3)])
+    model.compile(optimizer(), loss=cross_entropy())
+    x, y = data()
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} <= {"measured", "estimated"}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Adds up in variables")
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_gradients_that_are_added_up_by_hand(scope):
+    """In variables that were made before the first step."""
+    import tensorflow as tf
+
+    class AddsUp(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            for total, gradient in zip(self.totals, gradients, strict=False):
+                total.assign_add(gradient)
+            totals = [total + 0.0 for total in self.totals]
+            self.optimizer.apply(totals, self.trainable_variables)
+            return {"loss": loss}
+
+    keras_adafisher.set_decision_scope(scope)
+    model = AddsUp([keras.Input((6,)), keras.layers.Dense(3)])
+    model.totals = [
+        keras.Variable(np.zeros(v.shape), trainable=False)
+        for v in model.trainable_variables
+    ]
+    model.compile(optimizer(), loss=cross_entropy())
+    x, y = data()
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        model.fit(x, y, batch_size=4, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"estimated"}
+
+
+class Either(keras.layers.Layer):
+    """Calls one of two layers, by its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Dense(6)
+        self.second = keras.layers.Dense(6)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x):
+        return ops.cond(
+            ops.mean(x) > 0, lambda: self.first(x), lambda: self.second(x)
+        )
+
+
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_layers_in_a_condition(scope):
+    keras_adafisher.set_decision_scope(scope)
+    model = keras.Sequential([keras.Input((6,)), Either(), *mlp().layers])
+    model.compile(optimizer(), loss=cross_entropy())
+    x, y = data()
+    x = np.abs(x) * np.where(np.arange(len(x)) < len(x) // 2, 1, -1)[:, None]
+    model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"measured"}
+
+
 @JAX
 def test_state_may_be_in_dicts_and_tuples():
     expected = custom_loop("step")
@@ -274,6 +368,134 @@ def test_other_values_have_the_shapes_of_the_weights(scope):
         assert len(model.trainable_variables) == len(model.trainable_weights)
         for row in keras_adafisher.coverage(model).rows:
             assert row.source == "measured"
+
+
+class WithCopy(keras.Model):
+    """A model that is trained next to a copy that isn't."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained = mlp()
+        self.frozen = mlp()
+        self.frozen.trainable = False
+
+    def call(self, x):
+        return self.trained(x) + self.frozen(x)
+
+
+def test_a_frozen_copy_inside_of_the_model():
+    """What isn't trained has the shapes of what is."""
+    model = WithCopy()
+    model.compile(optimizer(), loss=cross_entropy())
+    x, y = data()
+    model.fit(x, y, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"measured"}
+
+
+@JAX
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_an_average_of_the_weights_in_the_state(scope):
+    """A plain model is called with it, and it is computed with."""
+    import jax
+
+    keras_adafisher.set_decision_scope(scope)
+    model, teacher, own = mlp(), mlp(), optimizer()
+    keras_adafisher.wrap(model)
+    own.build(model.trainable_variables)
+
+    def loss_of(trainable, x, y):
+        z, _ = model.stateless_call(trainable, [], x, training=True)
+        return cross_entropy()(y, z)
+
+    @jax.jit
+    @keras_adafisher.training_step(own)
+    def step(average, trainable, state, x, y):
+        z, _ = teacher.stateless_call(average, [], x, training=False)
+        gradients = jax.grad(loss_of)(trainable, x, ops.argmax(z, axis=1))
+        trainable, state = own.stateless_apply(state, gradients, trainable)
+        average = jax.tree.map(lambda a, b: (a + b) / 2, average, trainable)
+        return average, trainable, state
+
+    lists = (
+        teacher.trainable_variables,
+        model.trainable_variables,
+        own.variables,
+    )
+    state = [[v.value for v in variables] for variables in lists]
+    x, y = data()
+    state = step(*state, x, y)
+    assert [len(values) for values in state] == [len(vs) for vs in lists]
+    for variable, value in zip(own.variables, state[2], strict=True):
+        variable.assign(value)
+    kernel = model.trainable_variables[0]
+    assert np.ptp(own.fisher_diagonal(kernel)) > 0
+
+
+@JAX
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_two_optimizers_of_equal_models(scope):
+    """Each is asked whether it measures, though their states look alike."""
+    import jax
+
+    keras_adafisher.set_decision_scope(scope)
+    models = mlp(), mlp()
+    owns = optimizer(factor_update_steps=3), optimizer(factor_update_steps=3)
+    for model, own in zip(models, owns, strict=True):
+        keras_adafisher.wrap(model)
+        own.build(model.trainable_variables)
+    # At another step than the first one.
+    owns[1].iterations.assign(2)
+
+    @jax.jit
+    @keras_adafisher.training_step(*owns)
+    def step(states, x, y):
+        results = []
+        for model, own, (trainable, values) in zip(
+            models, owns, states, strict=True
+        ):
+
+            def loss_of(trainable, model=model):
+                z, _ = model.stateless_call(trainable, [], x, training=True)
+                return cross_entropy()(y, z)
+
+            gradients = jax.grad(loss_of)(trainable)
+            results.append(own.stateless_apply(values, gradients, trainable))
+        return results
+
+    states = [
+        (
+            [v.value for v in model.trainable_variables],
+            [v.value for v in own.variables],
+        )
+        for model, own in zip(models, owns, strict=True)
+    ]
+    x, y = data()
+    taken = []
+    for _ in range(2):
+        states = step(states, x, y)
+        for own, (_, values) in zip(owns, states, strict=True):
+            for variable, value in zip(own.variables, values, strict=True):
+                variable.assign(value)
+        taken.append(
+            [
+                own.records_of(probe)[0]
+                for model, own in zip(models, owns, strict=True)
+                for probe in probes_in(model)[:1]
+            ]
+        )
+    assert taken == [[1, 0], [1, 1]]
+
+
+@JAX
+def test_an_error_of_the_function_is_its_own():
+    keras_adafisher.set_decision_scope("step")
+
+    def unpack(state):
+        raise TypeError("the second argument is wrong")
+
+    with pytest.raises(TypeError, match=r"^the second argument is wrong"):
+        custom_loop("step", unpack=unpack)
 
 
 @JAX

@@ -183,3 +183,79 @@ def test_a_setting_that_is_changed_between_two_fits_counts(name, value):
         ends.append(model.get_weights())
     for kept, compiled in zip(*ends, strict=True):
         np.testing.assert_array_equal(kept, compiled)
+
+
+class PassesOn(keras.Sequential):
+    def make_train_function(self, force=False):
+        return super().make_train_function(force)
+
+
+def test_an_override_of_make_train_function():
+    x, y = data()
+    model = PassesOn(mlp().layers)
+    optimizer = keras_adafisher.AdaFisher()
+    model.compile(optimizer, loss=cross_entropy())
+    model.fit(x, y, verbose=0)
+    optimizer.damping = 0.1
+    model.fit(x, y, verbose=0)
+    assert int(optimizer.iterations) > 1
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="Keras builds optimizers before the first step",
+)
+@pytest.mark.parametrize("name", ["Adam", "AdaFisher"])
+def test_a_train_step_that_trains_other_variables_too(name):
+    """An optimizer is built with what it is applied to first."""
+    import tensorflow as tf
+
+    scale = keras.Variable(1.0, name="scale")
+
+    class Scaled(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            variables = [*self.trainable_variables, scale]
+            with tf.GradientTape() as tape:
+                outputs = scale * self(x, training=True)
+                loss = self.compute_loss(x, y, outputs)
+            gradients = tape.gradient(loss, variables)
+            self.optimizer.apply(gradients, variables)
+            return {"loss": loss}
+
+    x, y = data()
+    model = Scaled(mlp().layers)
+    model.compile(name, loss=cross_entropy())
+    model.fit(x, y, verbose=0)
+    assert float(keras.ops.convert_to_numpy(scale)) != 1.0
+    rows = keras_adafisher.coverage(model).rows
+    expected = {"Adam": "not yet", "AdaFisher": "measured"}
+    assert {row.source for row in rows} == {expected[name]}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="State is passed along on JAX, and PyTorch needs no steps",
+)
+@pytest.mark.parametrize("make", [lambda o: [o], lambda o: {0: o}])
+def test_optimizers_in_a_list_or_a_dict(make):
+    import tensorflow as tf
+
+    class Several(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            variables = self.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            self.several[0].apply(gradients, variables)
+            return {"loss": loss}
+
+    x, y = data()
+    model = Several(mlp().layers)
+    keras_adafisher.wrap(model)
+    model.several = make(keras_adafisher.AdaFisher())
+    model.compile("sgd", loss=cross_entropy())
+    model.fit(x, y, verbose=0)
+    sources = {row.source for row in keras_adafisher.coverage(model).rows}
+    assert sources == {"measured"}

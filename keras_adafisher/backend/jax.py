@@ -107,12 +107,16 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
     measures = is_static or functools.reduce(jnp.logical_or, measures)
     values = {id(variable): value for variable, value in state.mapping}
 
+    returned = []
+
     def run(mode):
         with make_step(mode, wanted, values):
             args, kwargs = state.with_probes()
-            return state.laid_out(
+            results = state.laid_out(
                 state.without_probes(function(*args, **kwargs))
             )
+        returned.append(mode)
+        return results
 
     if not isinstance(measures, jax.core.Tracer):
         return run("measure" if measures else "plain")
@@ -123,7 +127,8 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
             measures, lambda: run("measure"), lambda: run("plain")
         )
     except TypeError as error:
-        if "cond" not in str(error):
+        if len(returned) < 2:
+            # It is the function's own.
             raise
         raise TypeError(
             f"`{_name(function)}` must return the same structure of arrays, of "
@@ -148,10 +153,6 @@ class _State:
     """
 
     def __init__(self, optimizers, function, args, kwargs):
-        self._arguments = args, kwargs
-        self._lists = []
-        self._owners = []
-        self.mapping = []
         for optimizer in optimizers:
             if not optimizer.built:
                 raise ValueError(
@@ -159,21 +160,35 @@ class _State:
                     f"`{_name(function)}` is called: "
                     "`optimizer.build(model.trainable_variables)`"
                 )
-            # Keras has no public name for the variables that an optimizer is
-            # built with. The probes are behind the others.
-            trained = optimizer._trainable_variables
-            weights = [v for v in trained if not _is_probe(v)]
-            probes = [v for v in trained if _is_probe(v)]
-            values = self._find(optimizer.variables)
-            if values is None:
+        # Keras has no public name for the variables that an optimizer is
+        # built with. The probes are behind the others.
+        trained = [optimizer._trainable_variables for optimizer in optimizers]
+        weights = [[v for v in vs if not _is_probe(v)] for vs in trained]
+        probes = [[v for v in vs if _is_probe(v)] for vs in trained]
+        own = [optimizer.variables for optimizer in optimizers]
+        searched = list(map(_shapes, [*weights, *own]))
+        self._nodes, self._structure = jax.tree.flatten(
+            (args, kwargs),
+            is_leaf=lambda node: any(_fits(node, s) for s in searched),
+        )
+        self._taken = set()
+        # By the place of weights' values, what to put behind them.
+        self._probes = {}
+        self._lists = []
+        self._owners = [*own, *weights]
+        self.mapping = []
+        for number, optimizer in enumerate(optimizers):
+            place = self._find(own[number])
+            if place is None:
                 raise _not_found(
                     function, "optimizer.variables", optimizer, args, kwargs
                 )
-            self.mapping += zip(optimizer.variables, values, strict=True)
-            self._owners += [optimizer.variables, weights]
-            if not probes:
+            values = self._nodes[place]
+            self.mapping += zip(own[number], values, strict=True)
+            if not probes[number]:
                 continue
-            if self._find(weights) is None:
+            place = self._find(weights[number])
+            if place is None:
                 raise _not_found(
                     function,
                     "model.trainable_variables",
@@ -181,27 +196,39 @@ class _State:
                     args,
                     kwargs,
                 )
-            self._lists.append((_shapes(weights), _shapes(probes)))
+            shapes = _shapes(probes[number])
+            self._probes[place] = shapes
+            self._lists.append((_shapes(weights[number]), shapes))
+        # What is combined with the weights entry by entry, an average or a sum
+        # of gradients, has to be as long. (`hooks.py` cuts what a model is
+        # called with.)
+        for shapes, of_probes in self._lists:
+            for place, node in enumerate(self._nodes):
+                if _fits(node, shapes):
+                    self._probes.setdefault(place, of_probes)
 
     def _find(self, variables):
-        """The first list or tuple of values of some variables, or `None`."""
+        """The place of the values of some variables, `None` if there is none.
+
+        Of several lists of the same shapes the first one that no optimizer
+        before has taken.
+        """
         shapes = _shapes(variables)
-        nodes = jax.tree.leaves(
-            self._arguments, is_leaf=lambda node: _fits(node, shapes)
-        )
-        return next((node for node in nodes if _fits(node, shapes)), None)
+        places = [
+            n for n, node in enumerate(self._nodes) if _fits(node, shapes)
+        ]
+        free = [place for place in places if place not in self._taken]
+        found = next(iter(free or places), None)
+        self._taken.add(found)
+        return found
 
     def with_probes(self):
         """The arguments, with the probes' zeros behind weights' values."""
-        arguments = self._arguments
-        for weights, probes in self._lists:
-            zeros = [_nearly_zeros(shape) for shape in probes]
-            arguments = _replace(
-                arguments,
-                weights,
-                lambda node, zeros=zeros: type(node)([*node, *zeros]),
-            )
-        return arguments
+        nodes = list(self._nodes)
+        for place, shapes in self._probes.items():
+            zeros = map(_nearly_zeros, shapes)
+            nodes[place] = type(nodes[place])([*nodes[place], *zeros])
+        return jax.tree.unflatten(self._structure, nodes)
 
     def without_probes(self, results):
         """What the step returned, without probes behind weights' values."""
@@ -254,9 +281,8 @@ def _shapes(variables):
 def _fits(node, shapes):
     """Whether a node of nested arguments is a list of values of some shapes."""
     return (
-        isinstance(node, list | tuple)
+        _is_flat(node)
         and len(node) == len(shapes)
-        and all(hasattr(value, "shape") for value in node)
         and [tuple(value.shape) for value in node] == shapes
     )
 
@@ -283,6 +309,7 @@ def _name(function):
 
 
 def _not_found(function, what, optimizer, args, kwargs):
+    built_with = sum(not _is_probe(v) for v in optimizer._trainable_variables)
     lengths = [
         len(node)
         for node in jax.tree.leaves(
@@ -293,14 +320,19 @@ def _not_found(function, what, optimizer, args, kwargs):
     return ValueError(
         f"`{_name(function)}` must be called with the values of `{what}`, "
         f"`[v.value for v in {what}]`, as a list or a tuple among its "
-        f"arguments. Received: none for optimizer '{optimizer.name}', and "
-        f"lists of {lengths} arrays"
+        f"arguments. Received: none for optimizer '{optimizer.name}', which "
+        f"was built with {built_with} weights, and lists of {lengths} arrays. "
+        "After a change of what is trained, compile the model again, or make "
+        "a new optimizer"
     )
 
 
 def _is_flat(node):
-    return isinstance(node, list | tuple) and all(
-        hasattr(value, "shape") for value in node
+    # A named tuple has room for its fields only.
+    return (
+        isinstance(node, list | tuple)
+        and not hasattr(node, "_fields")
+        and all(hasattr(value, "shape") for value in node)
     )
 
 

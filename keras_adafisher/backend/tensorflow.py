@@ -44,6 +44,12 @@ def tap(z, h, probe, request):
     if "loop_body" in tf.get_current_name_scope():
         return z
 
+    # If a branch of `tf.cond` captures a tensor twice, here and where weights
+    # are used, TensorFlow leaves one of the two without a value.
+    is_graph = not tf.executing_eagerly()
+    if is_graph and h.graph is not tf.compat.v1.get_default_graph():
+        h = tf.identity(h)
+
     # In the backward pass: a graph is run as it is, layers keep their inputs
     # for it, and another condition takes time to trace and to run.
     def answer(s):
