@@ -136,8 +136,9 @@ def sum_over_replicas(probes, answers, wanted):
         return answers
     replica = tf.distribute.get_replica_context()
     if (
+        wanted is True
         # Other strategies have another idea of `call_for_each_replica`.
-        not isinstance(replica.strategy, _MIRRORED)
+        or not isinstance(replica.strategy, _MIRRORED)
         # Inside of XLA, replicas can't wait for each other in Python.
         or tf.__internal__.distribute.strategy_supports_no_merge_call()
     ):
