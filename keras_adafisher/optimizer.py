@@ -375,6 +375,10 @@ class AdaFisher(
                 f"Received: {len(grads)} gradients"
             )
 
+        under_way = steps.current()
+        if under_way is not None:
+            under_way.count_apply(self)
+
         # Keras' part of the work (clipping, weight decay, accumulation,
         # averages, all-reduce) never sees a probe.
         answers = {}

@@ -13,6 +13,7 @@ import threading
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.backend.common import AppliedAgain
 
 # Replicas of TensorFlow run in threads of one process, each with its own step.
 _running = threading.local()
@@ -34,6 +35,7 @@ class Step:
 
     Attributes:
         answering: Set of the ids of the probes that a tap of this step asks.
+        raises_if_applied_again: Bool. See `count_apply`.
     """
 
     def __init__(self, optimizers, mode="ask", wanted=None, state=None):
@@ -42,6 +44,8 @@ class Step:
         self._wanted = wanted
         self._state = state or {}
         self.answering = set()
+        self._applied = set()
+        self.raises_if_applied_again = False
 
     def __enter__(self):
         self._outer = current()
@@ -61,6 +65,17 @@ class Step:
             if self.mode == "measure":
                 return True
         return wanted
+
+    def count_apply(self, optimizer):
+        """Take notice that an optimizer is applied.
+
+        Raises:
+            AppliedAgain: It was already. The step after the next one of the
+                optimizer may measure where the next one doesn't.
+        """
+        if self.raises_if_applied_again and id(optimizer) in self._applied:
+            raise AppliedAgain
+        self._applied.add(id(optimizer))
 
     def value_of(self, variable):
         """A variable's value at the beginning of the step."""

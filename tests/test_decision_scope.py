@@ -302,6 +302,37 @@ def test_gradients_that_are_added_up_by_hand(scope):
     assert {row.source for row in rows} == {"estimated"}
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX passes state along")
+def test_a_step_that_applies_its_optimizer_twice():
+    """Every second step would otherwise pass a measuring one by."""
+    import tensorflow as tf
+
+    class Twice(keras.Sequential):
+        def train_step(self, data):
+            x, y, *_ = data
+            variables = self.trainable_variables
+            for _ in range(2):
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y, self(x, training=True))
+                gradients = tape.gradient(loss, variables)
+                self.optimizer.apply(gradients, variables)
+            return {"loss": loss}
+
+    ends = []
+    x, y = data()
+    for scope in ("layer", "step"):
+        keras_adafisher.set_decision_scope(scope)
+        keras.utils.set_random_seed(0)
+        model = Twice(mlp().layers)
+        model.compile(optimizer(), loss=cross_entropy())
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        records = [model.optimizer.records_of(p)[0] for p in probes_in(model)]
+        ends.append((model.get_weights(), records))
+    assert ends[0][1] == ends[1][1]
+    for layer, step in zip(ends[0][0], ends[1][0], strict=True):
+        np.testing.assert_allclose(step, layer, rtol=1e-5, atol=1e-7)
+
+
 class Either(keras.layers.Layer):
     """Calls one of two layers, by its input."""
 

@@ -20,6 +20,10 @@ HOW_TO_MEASURE = (
 ANSWER_SCALE = 2.0**-40
 
 
+class AppliedAgain(Exception):
+    """An optimizer is applied twice in a step whose condition knows of once."""
+
+
 class Updater:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
 

@@ -6,6 +6,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_adafisher.backend import common
+from keras_adafisher.backend.common import AppliedAgain
 
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
@@ -73,23 +74,29 @@ def tap(z, h, probe, request):
 
 
 def run_step(make_step, inner, optimizers, function, args, kwargs, once):
-    def run(mode):
-        with make_step(mode):
+    def run(mode, is_branch=False):
+        with make_step(mode) as step:
+            step.raises_if_applied_again = is_branch
             return function(*args, **kwargs)
 
     # Of one replica among several, TensorFlow takes no condition whose branches
     # communicate. An optimizer that isn't built yet makes its variables in the
     # step, which no branch may do.
     is_built = all(optimizer.built for optimizer in optimizers)
-    if not once or not is_built or in_replica():
+    if not once or not is_built or in_replica() or tf.executing_eagerly():
         return run("ask")
     measures = [one.measures_anything() for one in inner]
     if any(one is True for one in measures):
         return run("measure")
-    measures = tf.reduce_any(tf.stack(measures))
-    if tf.executing_eagerly():
-        return run("measure" if measures else "plain")
-    return tf.cond(measures, lambda: run("measure"), lambda: run("plain"))
+    try:
+        return tf.cond(
+            tf.reduce_any(tf.stack(measures)),
+            lambda: run("measure", is_branch=True),
+            lambda: run("plain", is_branch=True),
+        )
+    except AppliedAgain:
+        # One decision doesn't do: a GAN's critic is trained several times.
+        return run("ask")
 
 
 def is_traced(tensor):
@@ -133,8 +140,9 @@ def sum_over_replicas(probes, answers, wanted):
         return answers
     replica = tf.distribute.get_replica_context()
     if (
+        wanted is True
         # Other strategies have another idea of `call_for_each_replica`.
-        not isinstance(replica.strategy, _MIRRORED)
+        or not isinstance(replica.strategy, _MIRRORED)
         # Inside of XLA, replicas can't wait for each other in Python.
         or tf.__internal__.distribute.strategy_supports_no_merge_call()
     ):
