@@ -1,6 +1,7 @@
 """TensorFlow's exceptions: `tf.distribute` makes its replicas visible."""
 
 import contextlib
+import re
 
 import tensorflow as tf
 from keras import ops
@@ -42,13 +43,15 @@ def tap(z, h, probe, request):
     # `tf.vectorized_map` converts what a function consists of, and drops the
     # gradient of a tap. (It traces the function in a name scope of this name.)
     # Without a tap, the optimizer knows that it has to estimate the factors.
-    if "loop_body" in tf.get_current_name_scope():
+    scopes = tf.get_current_name_scope().split("/")
+    if any(re.fullmatch(r"loop_body(_\d+)?", scope) for scope in scopes):
         return z
 
     # If a branch of `tf.cond` captures a tensor twice, here and where weights
     # are used, TensorFlow leaves one of the two without a value.
     is_graph = not tf.executing_eagerly()
-    if is_graph and h.graph is not tf.compat.v1.get_default_graph():
+    graph = getattr(h, "graph", None)
+    if is_graph and graph is not tf.compat.v1.get_default_graph():
         h = tf.identity(h)
 
     # In the backward pass: a graph is run as it is, layers keep their inputs
