@@ -329,6 +329,36 @@ def test_one_of_several_optimizers(is_default):
         ours.fisher_diagonal(first.kernel)
 
 
+@pytest.mark.parametrize("pattern", [".*/kernel", ".*/bias"])
+def test_one_of_several_optimizers_has_part_of_each_layer(pattern):
+    """What a layer measures goes to the one that asked for it."""
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    ours, other = adafisher(), keras.optimizers.SGD(0.0)
+    model.compile(
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(other, {pattern: ours})
+        ),
+        loss=cross_entropy(),
+    )
+    model.fit(*data(), batch_size=BATCH, verbose=0)
+    assert len(ours._curvatures) == 2
+    assert not any(curvature.is_estimated for curvature in ours._curvatures)
+
+
+def test_an_optimizer_for_each_variable():
+    """As in the documentation of `MultiOptimizer`."""
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    optimizer = keras.optimizers.MultiOptimizer(lambda variable: adafisher())
+    model.compile(optimizer, loss=cross_entropy())
+    model.fit(*data(), batch_size=BATCH, verbose=0)
+    assert len(optimizer.optimizers) == len(model.trainable_variables)
+    # One of a kernel, one of a bias, and so on.
+    for ours in optimizer.optimizers[::2]:
+        assert not any(curvature.is_estimated for curvature in ours._curvatures)
+
+
 def test_four_threads_predict():
     x, y = data(examples=64)
     model = compiled()

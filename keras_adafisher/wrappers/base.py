@@ -97,8 +97,7 @@ class LayerWrapper(keras.layers.Layer):
         return list(blocks)
 
     def build(self):
-        # Where an `OptimizerMap` finds the probes by the pattern that it has
-        # for the host's weights.
+        # Where one looks for what belongs to the host, beside its weights.
         path = self.host.path or self.host.name
         with keras.name_scope(
             self.name,
