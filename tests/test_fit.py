@@ -359,6 +359,23 @@ def test_an_optimizer_for_each_variable():
         assert not any(curvature.is_estimated for curvature in ours._curvatures)
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("make", [adafisher, keras.optimizers.SGD])
+def test_one_of_several_optimizers_has_nothing_to_train(make, run_eagerly):
+    expected = compiled(make(), run_eagerly=run_eagerly)
+    fit(expected, *data(), batch_size=BATCH)
+    unused = adafisher()
+    model = compiled(
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(unused, {".*": make()})
+        ),
+        run_eagerly=run_eagerly,
+    )
+    fit(model, *data(), batch_size=BATCH)
+    assert_close(weights(model), weights(expected), 1e-6)
+    assert not unused.built
+
+
 def test_four_threads_predict():
     x, y = data(examples=64)
     model = compiled()
