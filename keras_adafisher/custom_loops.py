@@ -167,7 +167,13 @@ def run_step(function, optimizers, args=(), kwargs=None):
     optimizers = [one for one in optimizers if any(adafishers(one))]
     if not optimizers:
         return function(*args, **(kwargs or {}))
-    inner = list(adafishers(*optimizers))
+    # A `MultiOptimizer` builds those only that it has parameters for.
+    inner = [
+        adafisher
+        for one in optimizers
+        for adafisher in adafishers(one)
+        if adafisher.built or not one.built
+    ]
     return backend.run_step(
         functools.partial(Step, inner),
         inner,

@@ -18,6 +18,7 @@
 Whoever has no AdaFisher notices none of it.
 """
 
+import contextlib
 import functools
 import weakref
 
@@ -230,7 +231,8 @@ def _hooked_build(build):
         chooses = hasattr(self, "optimizers") and not self.optimizers
         if chooses or any(adafishers(self)):
             var_list = with_probes(var_list)
-        build(self, var_list)
+        with _probes_beside_parameters(self):
+            build(self, var_list)
         if hasattr(self, "dynamic_scale"):
             for adafisher in adafishers(self):
                 adafisher.set_loss_scale(self.dynamic_scale)
@@ -253,3 +255,35 @@ def _hooked_apply(apply):
         apply(self, grads, trainable_variables)
 
     return apply_with_probes
+
+
+@contextlib.contextmanager
+def _probes_beside_parameters(optimizer):
+    """Context in which a `MultiOptimizer` gives AdaFishers their probes.
+
+    It chooses by a variable's path, and one may be for kernels only.
+    """
+    # Not public: what a `MultiOptimizer` asks for each variable's optimizer.
+    choose = getattr(optimizer, "_optimizer_map", None)
+    if choose is None:
+        yield
+        return
+    # It may return a new optimizer each time that it is asked.
+    chosen = {}
+
+    def choose_for(variable):
+        probe = probe_of(variable)
+        parameters = [] if probe is None else probe.block.parameters
+        found = [chosen[id(p)] for p in parameters if id(p) in chosen]
+        if not found:
+            chosen[id(variable)] = choose(variable)
+            return chosen[id(variable)]
+        # Another AdaFisher knows better than to take a probe for a weight.
+        return next(adafishers(*found, *chosen.values()), found[0])
+
+    # Past Keras' tracking, as the map itself was already.
+    vars(optimizer)["_optimizer_map"] = choose_for
+    try:
+        yield
+    finally:
+        vars(optimizer)["_optimizer_map"] = choose

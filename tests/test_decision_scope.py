@@ -82,6 +82,12 @@ def several():
     )
 
 
+def several_of_which_one_has_nothing_to_train():
+    return keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(optimizer(), {".*": optimizer()})
+    )
+
+
 CASES = {
     "default": (mlp, optimizer, {}),
     "published": (
@@ -108,6 +114,11 @@ CASES = {
     ),
     "several optimizers": (mlp, several, {}),
     "rematerialized": (rematerialized, optimizer, {}),
+    "one optimizer too many": (
+        mlp,
+        several_of_which_one_has_nothing_to_train,
+        {},
+    ),
     "averages": (
         mlp,
         lambda: optimizer(use_ema=True, ema_overwrite_frequency=4),

@@ -329,6 +329,52 @@ def test_one_of_several_optimizers(is_default):
         ours.fisher_diagonal(first.kernel)
 
 
+def test_one_of_several_optimizers_has_the_kernels():
+    """What a layer measures goes to the one that has its weight."""
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    ours, other = adafisher(), keras.optimizers.SGD(0.0)
+    model.compile(
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(other, {".*/kernel": ours})
+        ),
+        loss=cross_entropy(),
+    )
+    model.fit(*data(), batch_size=BATCH, verbose=0)
+    assert len(ours._curvatures) == 2
+    assert not any(curvature.is_estimated for curvature in ours._curvatures)
+
+
+def test_an_optimizer_for_each_variable():
+    """As in the documentation of `MultiOptimizer`."""
+    keras.utils.set_random_seed(1)
+    model = mlp()
+    optimizer = keras.optimizers.MultiOptimizer(lambda variable: adafisher())
+    model.compile(optimizer, loss=cross_entropy())
+    model.fit(*data(), batch_size=BATCH, verbose=0)
+    assert len(optimizer.optimizers) == len(model.trainable_variables)
+    # One of a kernel, one of a bias, and so on.
+    for ours in optimizer.optimizers[::2]:
+        assert not any(curvature.is_estimated for curvature in ours._curvatures)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("make", [adafisher, keras.optimizers.SGD])
+def test_one_of_several_optimizers_has_nothing_to_train(make, run_eagerly):
+    expected = compiled(make(), run_eagerly=run_eagerly)
+    fit(expected, *data(), batch_size=BATCH)
+    unused = adafisher()
+    model = compiled(
+        keras.optimizers.MultiOptimizer(
+            keras.optimizers.OptimizerMap(unused, {".*": make()})
+        ),
+        run_eagerly=run_eagerly,
+    )
+    fit(model, *data(), batch_size=BATCH)
+    assert_close(weights(model), weights(expected), 1e-6)
+    assert not unused.built
+
+
 def test_four_threads_predict():
     x, y = data(examples=64)
     model = compiled()

@@ -166,3 +166,12 @@ def test_keras_masks_of_tensors():
 def test_layer_scale_of_convnext():
     """Registered by its name. (keras_hub's are in `test_wrapper_keras_hub`.)"""
     assert find_wrapper(LayerScale(1e-6, 3)) == (LayerScaleWrapper, "")
+
+
+def test_multi_optimizer_optimizer_map():
+    """`build` asks it for the optimizer of each variable."""
+    optimizer = keras.optimizers.MultiOptimizer(lambda variable: None)
+    found = keras.optimizers.SGD()
+    vars(optimizer)["_optimizer_map"] = lambda variable: found
+    optimizer.build(mlp().trainable_variables)
+    assert optimizer.optimizers == [found]

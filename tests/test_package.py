@@ -27,6 +27,7 @@ KERAS_INTERNALS = {
     "_get_variable_index": "test_optimizer_get_variable_index",
     "_trainable_variables": "test_optimizer_get_variable_index",
     "_iterations": "test_optimizer_iterations",
+    "_optimizer_map": "test_multi_optimizer_optimizer_map",
     "_model_variables_moving_average": (
         "test_optimizer_model_variables_moving_average"
     ),

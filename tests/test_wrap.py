@@ -180,6 +180,22 @@ def test_paths_of_variables_do_not_repeat():
     assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="PyTorch's probes have no path"
+)
+@pytest.mark.parametrize("is_built", [True, False])
+def test_probes_have_the_path_of_their_layer(is_built):
+    layer = keras.layers.Dense(3, name="inner")
+    model = keras.Sequential([layer], name="outer")
+    if is_built:
+        model.build((None, 6))
+    keras_adafisher.wrap(model)
+    model.build((None, 6))
+    (probe,) = probes_in(model)
+    assert layer.kernel.path == "outer/inner/kernel"
+    assert probe.variable.path == "outer/inner/adafisher/probe"
+
+
 def test_a_layer_whose_call_was_replaced_is_left_alone():
     model = mlp()
     layer = model.layers[0]

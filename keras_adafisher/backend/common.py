@@ -89,7 +89,7 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
     Args:
         make_step: Callable that takes the arguments of `Step` behind
             `optimizers`, and makes one.
-        inner: List of AdaFishers.
+        inner: List of the AdaFishers that train something, none perhaps.
         optimizers: List of Keras optimizers that are or contain them.
         function: Callable.
         args: Tuple, its arguments.

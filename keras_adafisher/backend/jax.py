@@ -104,7 +104,9 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
         wanted = {id(one): one.measures_factors() for one in inner}
         measures = [one.measures_anything() for one in inner]
     is_static = any(one is True for one in measures)
-    measures = is_static or functools.reduce(jnp.logical_or, measures)
+    measures = is_static or functools.reduce(
+        jnp.logical_or, measures or [False]
+    )
     values = {id(variable): value for variable, value in state.mapping}
 
     returned = []

@@ -82,6 +82,8 @@ def run_step(make_step, inner, optimizers, function, args, kwargs, once):
             step.raises_if_applied_again = is_branch
             return function(*args, **kwargs)
 
+    if not inner:
+        return run("plain")
     # Of one replica among several, TensorFlow takes no condition whose branches
     # communicate. An optimizer that isn't built yet makes its variables in the
     # step, which no branch may do.

@@ -97,10 +97,16 @@ class LayerWrapper(keras.layers.Layer):
         return list(blocks)
 
     def build(self):
-        # Where an `OptimizerMap` finds the probes by the pattern that it has
-        # for the host's weights.
+        # Where one looks for what belongs to the host, beside its weights.
         path = self.host.path or self.host.name
-        with keras.name_scope(self.name, caller=self, override_parent=path):
+        with keras.name_scope(
+            self.name,
+            caller=self,
+            # Keras is in a scope of the same name and caller as it calls
+            # `build`, and would take this one for that.
+            deduplicate=False,
+            override_parent=path,
+        ):
             for index, block in enumerate(self._all_blocks):
                 probe = None
                 if block.parameters:

@@ -3,6 +3,8 @@
 import pathlib
 import sys
 
+from keras_adafisher.probe import probes_of
+
 ROOT = pathlib.Path(__file__).parents[2]
 for directory in ("tests", "examples/distributed"):
     sys.path.insert(0, str(ROOT / directory))
@@ -40,10 +42,10 @@ def costs(ours, momentum_sgd, model):
         model: Model, wrapped.
     """
     assert momentum_sgd[1] == 0
-    numbers = sum(v.shape.num_elements() for v in model.trainable_variables)
+    probes = probes_of(model.trainable_variables)
     return {
         "extra_collectives_measuring": sum(ours) - momentum_sgd[0],
         "extra_collectives_other": ours[0] - momentum_sgd[0],
-        "extra_bytes": 4 * (numbers - model.count_params()),
+        "extra_bytes": 4 * sum(probe.size for probe in probes),
         "gradient_bytes": 4 * model.count_params(),
     }

@@ -36,9 +36,12 @@ def train_step(strategy, optimizer):
         model.compile(optimizer(), loss=common.make_loss())
         model.optimizer.build(model.trainable_variables)
 
+    # What `fit` makes of it.
+    training_step = keras_adafisher.training_step(model.optimizer)
+
     @tf.function
     def step(x, y):
-        return strategy.run(model.train_step, args=((x, y),))
+        return strategy.run(training_step(model.train_step), args=((x, y),))
 
     part = common.BATCH_SIZE // strategy.num_replicas_in_sync
     return step.get_concrete_function(x[:part], y[:part]), model
