@@ -385,7 +385,7 @@ class Factors:
 
         Args:
             answers: What `join` or `add` returned.
-            scale: Float, what the loss was multiplied by.
+            scale: Float or scalar tensor, what the loss was multiplied by.
             epsilon, gamma_1, gamma_2: See `AdaFisher`.
 
         Returns:

@@ -935,12 +935,11 @@ class AdaFisher(
 
         if steps.mode() == "measure" or condition is True:
             # If there is a condition, it is around the whole step already.
-            old = list(map(ops.convert_to_tensor, variables))
             values = new_values()
             if condition is not True:
                 values = [
-                    ops.where(condition, *pair)
-                    for pair in zip(values, old, strict=True)
+                    ops.where(condition, value, ops.convert_to_tensor(variable))
+                    for variable, value in zip(variables, values, strict=True)
                 ]
         else:
             values = backend.cond(
