@@ -7,14 +7,12 @@ Runs the scripts of tests/distributed, each with the backend that it is for.
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+from tools.report import pages
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -32,8 +30,8 @@ def results():
             print(*command, flush=True)
             output = subprocess.run(
                 [sys.executable, *command],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                cwd=pages.ROOT,
+                env={**os.environ, "PYTHONPATH": str(pages.ROOT)},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -60,9 +58,7 @@ def table():
 
 def main():
     """Replace the table."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}{table()}{END}{after}")
+    pages.replace_table(pages.DOCS / "distributed.md", table())
 
 
 if __name__ == "__main__":

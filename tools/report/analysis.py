@@ -8,17 +8,13 @@ Runs examples/analysis.py, and times `FisherHistory` on each backend. With
 
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "analysis.md"
-IMAGES = ROOT / "docs" / "images"
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+from tools.report import pages
+
 MODELS = ("wide MLP", "ResNet", "GPT")
 ROUNDS = 10
 
@@ -58,11 +54,11 @@ def _run(backend, *command):
     print(backend, *command, flush=True)
     return subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT,
+        cwd=pages.ROOT,
         env={
             **os.environ,
             "KERAS_BACKEND": backend,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(pages.ROOT),
         },
         stdout=subprocess.PIPE,
         text=True,
@@ -77,8 +73,8 @@ def table():
         "| a training step |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for backend, title in BACKENDS.items():
-        output = _run(backend, str(pathlib.Path(__file__)), "measure")
+    for backend, title in pages.BACKENDS.items():
+        output = _run(backend, "-m", "tools.report.analysis", "measure")
         for line in output.splitlines():
             if line.startswith("{"):
                 rows.append(
@@ -98,10 +94,8 @@ def _milliseconds(result):
 def main():
     """Draw the pictures and replace the table."""
     if "--table" not in sys.argv:
-        _run("jax", "examples/analysis.py", f"--plots={IMAGES}")
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}{table()}{END}{after}")
+        _run("jax", "examples/analysis.py", f"--plots={pages.DOCS / 'images'}")
+    pages.replace_table(pages.DOCS / "analysis.md", table())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ those of their presets.
 
 import math
 import os
-import pathlib
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -17,6 +16,7 @@ import keras
 import keras_hub
 
 import keras_adafisher
+from tools.report import pages
 
 # The classes of `keras.applications` with their default arguments.
 APPLICATIONS = (
@@ -214,25 +214,6 @@ BACKBONES = {
     ),
 }
 
-HEAD = """\
-# Which share of a model AdaFisher factors
-
-Written by `make docs-coverage` (`docs/coverage.py`) with Keras {keras} and
-keras_hub {keras_hub}. *Factored* is `keras_adafisher.coverage(model)
-.factored_fraction`: the share of trainable scalars that have Kronecker factors
-and are updated by AdaFisher's rule. The others take AdamW's; the last column
-names the largest of them, and why it has no factors.
-
-"""
-TABLE_HEAD = """\
-| model | trainable parameters | factored | largest parameter without factors |
-|---|---:|---:|---|
-"""
-TAIL = """
-`NASNetMobile` and `NASNetLarge` are missing because Keras refuses to build
-them under PyTorch, which this page is made with.
-"""
-
 
 def table_row(name, model):
     """One line of the table, for a model that is built."""
@@ -248,15 +229,15 @@ def table_row(name, model):
     return f"| {name} | {total:,} | {percent:.2f}% | {largest} |\n"
 
 
-def table(models):
-    """The table of pairs of a name and a function that builds the model."""
+def table_rows(models):
+    """The rows for pairs of a name and a function that builds the model."""
     lines = []
     for name, build in models:
         keras.utils.clear_session()
         with keras.device("meta"):
             lines.append(table_row(name, build()))
         print(lines[-1], end="", flush=True)
-    return TABLE_HEAD + "".join(lines)
+    return "".join(lines).rstrip("\n")
 
 
 def main():
@@ -272,10 +253,15 @@ def main():
         (name, lambda cls=cls, config=config: cls(**config))
         for name, (cls, config) in BACKBONES.items()
     ]
-    page = HEAD.format(keras=keras.__version__, keras_hub=keras_hub.__version__)
-    page += "## keras.applications\n\n" + table(applications) + TAIL
-    page += "\n## Backbones of keras_hub\n\n" + table(backbones)
-    pathlib.Path(__file__).with_suffix(".md").write_text(page)
+    page = pages.fill(
+        __file__,
+        "coverage.md",
+        keras=keras.__version__,
+        keras_hub=keras_hub.__version__,
+        applications=table_rows(applications),
+        backbones=table_rows(backbones),
+    )
+    pages.write(pages.DOCS / "coverage.md", page)
 
 
 if __name__ == "__main__":

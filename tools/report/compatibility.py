@@ -6,13 +6,13 @@ Runs the tests that the page names, once per backend.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tools.report import pages
+
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 # From a feature to the test of it. All parameters of the test count.
@@ -124,26 +124,6 @@ FEATURES = {
     },
 }
 
-LIMITS = """
-## What a built-in optimizer does and AdaFisher doesn't
-
-Nothing that Keras documents for `keras.optimizers.Optimizer`, as far as is
-known. What differs:
-
-- In a custom training loop, `keras_adafisher.wrap(model)` has to come first.
-  Without it, and for variables of no layer, AdaFisher warns and is AdamW.
-- With PyTorch, statistics travel in `loss.backward()`. `torch.autograd.grad`
-  computes the weights' gradients only: the factors are estimated from these,
-  and a warning says so.
-- With TensorFlow and JAX, a custom training loop decorates its step with
-  `keras_adafisher.training_step`. Without it, factors are estimated from the
-  weights' gradients, and a warning says so.
-- While a training step runs on TensorFlow and JAX, `trainable_variables` and
-  `trainable_weights` have the probes at their ends. Outside of it all lists are
-  those of the plain model.
-- Keras' NNX mode (`KERAS_NNX_ENABLED`): `compile` says that it doesn't work.
-"""
-
 
 def run_tests(backend):
     """Run the tests of all features.
@@ -170,7 +150,7 @@ def run_tests(backend):
         subprocess.run(
             [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"]
             + [f"tests/{i}" for i in ids],
-            cwd=ROOT,
+            cwd=pages.ROOT,
             env={**os.environ, "KERAS_BACKEND": backend},
         )
         cases = xml.etree.ElementTree.parse(report).iter("testcase")
@@ -202,32 +182,19 @@ def outcome(results, test):
 def main():
     """Write the page."""
     results = {backend: run_tests(backend) for backend in BACKENDS}
-    lines = [
-        "# What works on which backend",
-        "",
-        "Written by `make docs-compatibility` (`docs/compatibility.py`), which "
-        "runs the",
-        'tests named here. Where a cell isn\'t "yes", it says why the test '
-        "doesn't run",
-        "there. Several devices: see [distributed.md](distributed.md).",
-    ]
+    sections = []
     for title, features in FEATURES.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            f"| feature | {' | '.join(BACKENDS.values())} | test |",
-            "|---|---|---|---|---|",
-        ]
+        rows = []
         for feature, test in features.items():
             cells = [outcome(results[backend], test) for backend in BACKENDS]
             file, name = test.split("::")
-            lines.append(
-                f"| {feature} | {' | '.join(cells)} | `{file}.py`: `{name}` |"
-            )
-    lines += [LIMITS]
-    page = ROOT / "docs" / "compatibility.md"
-    page.write_text("\n".join(lines) + "\n")
+            rows.append([feature, *cells, f"`{file}.py`: `{name}`"])
+        table = pages.table(["feature", *BACKENDS.values(), "test"], rows)
+        sections.append(f"## {title}\n\n{table}")
+    page = pages.fill(
+        __file__, "compatibility.md", features="\n\n".join(sections)
+    )
+    pages.write(pages.DOCS / "compatibility.md", page)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Programs that people who work on the package run. None is installed."""

@@ -1,0 +1,331 @@
+"""What the benchmark found, and what follows from it.
+
+Of all values here less is better: an error on the test split in percent, or a
+loss where a task has no classes.
+"""
+
+import json
+import math
+import statistics
+
+TASKS = {
+    "mlp": "MNIST, MLP",
+    "cnn": "MNIST, shifted, CNN",
+    "vit": "MNIST, ViT",
+    "autoencoder": "MNIST, autoencoder",
+    "lstm": "MNIST rows, LSTM",
+    "gpt": "Python's source, GPT",
+    "gpt2": "Python's source, larger GPT",
+    "large": "MNIST, batches of 1,024",
+    "raw": "diabetes in raw units",
+    "diabetes": "diabetes, MLP",
+    "cancer": "breast cancer, MLP",
+    "digits": "digits, MLP",
+    "tuning": "fine-tuning, CNN",
+}
+# The others are scored by their error.
+BY_LOSS = ("autoencoder", "gpt", "gpt2", "diabetes", "raw")
+# Three rates and more where they are better: too few for octaves.
+FEW_RATES = ("gpt2",)
+# Ours first: on a screen, the table's other end is out of sight.
+MAIN = ("AdaFisherMuon", "AdaFisherW", "AdamW", "Nadam", "Muon")
+RIVALS = (
+    "AdaFisherMuon",
+    "AdaFisherW",
+    "AdaFisher",
+    "AdamW",
+    "Nadam",
+    "Muon",
+    "Adam",
+    "SGD",
+    "Lion",
+    "ScheduleFreeAdamW",
+    "AdaFisher, as published",
+)
+# One family: a task is won once.
+OURS = ("AdaFisherMuon", "AdaFisherW", "AdaFisher")
+OTHERS = tuple(rival for rival in RIVALS if rival not in OURS)
+ABLATION = "AdaFisherMuon, not whitened"
+# Whose steps cost what another's do: it is the same program.
+PROGRAMS = {
+    "AdaFisher": "AdaFisherW",
+    "Adam": "AdamW",
+    ABLATION: "AdaFisherMuon",
+}
+# What a run counts that never reaches the target, as a multiple of AdamW's
+# time. Where runs stop, it could be anything above 1.
+NEVER = 2.0
+# A difference is above the noise if it is more than so many standard errors.
+ERRORS = 2
+# The defaults: a schedule, and what the default rate is multiplied by.
+DEFAULTS = ("constant, 1", "constant, 3", "cosine, 1", "cosine, 3")
+
+
+def load(folder):
+    """From a task's name to what `benchmarks/quality.py` wrote of it."""
+    found = {}
+    for task in TASKS:
+        path = folder / f"quality2-{task}-jax.json"
+        if path.exists():
+            data = json.loads(path.read_text())
+            # In a run that goes on, a task may be half measured.
+            if data["rows"].keys() >= {f"time: {rival}" for rival in MAIN}:
+                found[task] = data
+    return found
+
+
+def ratio_of(data, rival):
+    """What a step costs next to AdamW's."""
+    return data["rows"]["step"][PROGRAMS.get(rival, rival)]["median"]
+
+
+def runs_of(data, kind, rival):
+    """The runs of an optimizer, empty if there are none.
+
+    Args:
+        data: What `load` gives for a task.
+        kind: "steps", "time", or one of `DEFAULTS`.
+        rival: String.
+
+    Returns:
+        List of dicts, one for each seed, in the same order for all.
+    """
+    rows = data["rows"]
+    if kind in DEFAULTS:
+        row = rows.get(f"defaults: {rival}", {})
+        # Who needs no schedule is the same with one.
+        return row.get(kind) or row.get(kind.replace("cosine", "constant"), [])
+    row = rows.get(f"{kind}: {rival}", {})
+    if row.get("same"):
+        row = rows[f"steps: {rival}"]
+    return row.get("runs", [])
+
+
+def values_of(task, data, kind, rival):
+    """What counts of each seed. Infinite where a run gave no number."""
+    values = []
+    for run in runs_of(data, kind, rival):
+        score = run["test_score"]
+        value = -score if task in BY_LOSS else 100 * (1 - score)
+        values.append(value if math.isfinite(value) else math.inf)
+    return values
+
+
+def table_of(task, data, kind, rivals=RIVALS):
+    """From each optimizer that was measured to its values."""
+    found = {r: values_of(task, data, kind, r) for r in rivals}
+    return {rival: values for rival, values in found.items() if values}
+
+
+def is_better(one, other):
+    """Whether values are lower than others by more than the noise.
+
+    Both are of the same seeds: of their differences, the mean has to be more
+    than `ERRORS` times its standard error. Where one of them has a single seed,
+    its noise is taken to be that of the other.
+    """
+    pairs = list(zip(one, other, strict=False))
+    longer = max(one, other, key=len)
+    if len(longer) < 2 or not all(map(math.isfinite, one)):
+        return False
+    if not all(map(math.isfinite, other)):
+        return True
+    if len(pairs) < 2:
+        error = statistics.stdev(longer) * (1 + 1 / len(longer)) ** 0.5
+        difference = statistics.mean(other) - statistics.mean(one)
+        return difference > ERRORS * error
+    differences = [b - a for a, b in pairs]
+    error = statistics.stdev(differences) / len(pairs) ** 0.5
+    return statistics.mean(differences) > ERRORS * error
+
+
+def best_of(values, among):
+    """The one of some optimizers with the lowest mean, `None` without any."""
+    among = [rival for rival in among if rival in values]
+    return min(
+        among, key=lambda rival: statistics.mean(values[rival]), default=None
+    )
+
+
+def marks(values):
+    """How to show each optimizer of a row.
+
+    Returns:
+        Dict to "best", "tie" or "". There is a best one if it is better than
+        all others but those of its family. All that aren't worse than any
+        by more than the noise are ties.
+    """
+    if not values:
+        return {}
+    first = best_of(values, values)
+    family = OURS if first in OURS else (first,)
+    is_alone = all(
+        is_better(values[first], other)
+        for rival, other in values.items()
+        if rival not in family
+    )
+    found = {
+        rival: "" if any(is_better(v, own) for v in values.values()) else "tie"
+        for rival, own in values.items()
+    }
+    if is_alone:
+        return dict.fromkeys(found, "") | {first: "best"}
+    return found
+
+
+def verdict(values):
+    """Who is best of a row, each family once.
+
+    Returns:
+        "ours", "theirs" or "tie", and the best of ours and of the others.
+    """
+    ours, theirs = best_of(values, OURS), best_of(values, OTHERS)
+    if ours is None or theirs is None:
+        return "tie", ours, theirs
+    if is_better(values[ours], values[theirs]):
+        return "ours", ours, theirs
+    if is_better(values[theirs], values[ours]):
+        return "theirs", ours, theirs
+    return "tie", ours, theirs
+
+
+def verdicts(results, kind):
+    """From each task to what `verdict` says of it."""
+    return {
+        task: verdict(table_of(task, data, kind))
+        for task, data in results.items()
+    }
+
+
+def rates_of(data, rival):
+    """Dict from learning rates to mean losses, empty if there are none."""
+    row = data["rows"].get(f"rates: {rival}", {})
+    return {
+        rate: statistics.mean(losses) for rate, losses in row.get("rates", [])
+    }
+
+
+def octaves(data, rival):
+    """How many octaves of rates are good, within 5 % of a lowest loss.
+
+    Returns:
+        Of this optimizer's own, of the lowest of all, and whether they may be
+        more, since the window ends there.
+    """
+    rates = rates_of(data, rival)
+    lowest = min(
+        min(rates_of(data, other).values(), default=math.inf)
+        for other in RIVALS
+    )
+    good = [loss <= 1.05 * min(rates.values()) for loss in rates.values()]
+    close = [loss <= 1.05 * lowest for loss in rates.values()]
+    return sum(good), sum(close), good[0] or good[-1]
+
+
+def mean_octaves(results, rival):
+    """Get the mean over tasks of what `octaves` gives, `None` without any.
+
+    The last of the three is on how many tasks the window ends too early.
+    """
+    found = [
+        octaves(data, rival)
+        for task, data in results.items()
+        if task not in FEW_RATES and rates_of(data, rival)
+    ]
+    if not found:
+        return None
+    own, best, is_open = zip(*found, strict=True)
+    return statistics.mean(own), statistics.mean(best), sum(is_open)
+
+
+def times_to_target(data, only_longest=False):
+    """Per optimizer the time to AdamW's lowest loss, AdamW's own being 1."""
+
+    def trials_of(rival):
+        shorter = data["rows"].get(f"sooner: {rival}", {})
+        return [
+            [run["validation"] for run in runs_of(data, "time", rival)],
+            *(
+                curves
+                for curves in shorter.values()
+                if isinstance(curves, list)
+            ),
+        ]
+
+    # As many seeds as all of its schedules have. Of an even number of them, at
+    # least half reach the target, and the median time is that of one of these.
+    seeds = min(map(len, trials_of("AdamW")))
+    target = statistics.median_high(
+        min(curve) for curve in trials_of("AdamW")[0][:seeds]
+    )
+
+    def time_of(rival):
+        trials = trials_of(rival)[: 1 if only_longest else None]
+        studies = [
+            min(steps_to(target, curve) for curve in study)
+            for study in zip(*(t[:seeds] for t in trials), strict=False)
+        ]
+        return statistics.median_low(studies) * ratio_of(data, rival)
+
+    own = time_of("AdamW")
+    return {
+        rival: time_of(rival) / own
+        for rival in RIVALS
+        if runs_of(data, "time", rival)
+    }
+
+
+def steps_to(target, curve):
+    """When a loss gets to the target: evaluations, or infinity."""
+    for index, loss in enumerate(curve):
+        if loss <= target:
+            if index:
+                before = curve[index - 1]
+                index -= (target - loss) / (before - loss)
+            return index + 1
+    return math.inf
+
+
+def geometric_means(times):
+    """Per optimizer, with `NEVER` for times that aren't finite."""
+    found = {}
+    for rival in RIVALS:
+        values = [row[rival] for row in times.values() if rival in row]
+        if values:
+            found[rival] = statistics.geometric_mean(
+                value if math.isfinite(value) else NEVER for value in values
+            )
+    return found
+
+
+def ranks(results, kind):
+    """Mean rank over tasks: 1 is the best of all."""
+    found = {rival: [] for rival in RIVALS}
+    for task, data in results.items():
+        values = table_of(task, data, kind)
+        means = {r: statistics.mean(own) for r, own in values.items()}
+        for rival, own in means.items():
+            better = sum(other < own for other in means.values())
+            ties = sum(other == own for other in means.values())
+            found[rival].append(better + (ties + 1) / 2)
+    return {r: statistics.mean(v) for r, v in found.items() if v}
+
+
+def divergences(results, kind, rival):
+    """How many runs diverge, and of how many."""
+    runs = [
+        run for data in results.values() for run in runs_of(data, kind, rival)
+    ]
+    return sum(run["diverges"] for run in runs), len(runs)
+
+
+def minutes(results):
+    """Of the processor, for all rows."""
+    return (
+        sum(
+            row.get("took", 0)
+            for data in results.values()
+            for row in data["rows"].values()
+        )
+        / 60
+    )

@@ -1,0 +1,235 @@
+"""The tables of docs/quality.md."""
+
+import math
+import statistics
+
+from tools.report.quality.results import ABLATION
+from tools.report.quality.results import BY_LOSS
+from tools.report.quality.results import DEFAULTS
+from tools.report.quality.results import divergences
+from tools.report.quality.results import geometric_means
+from tools.report.quality.results import MAIN
+from tools.report.quality.results import marks
+from tools.report.quality.results import mean_octaves
+from tools.report.quality.results import octaves
+from tools.report.quality.results import PROGRAMS
+from tools.report.quality.results import ranks
+from tools.report.quality.results import rates_of
+from tools.report.quality.results import ratio_of
+from tools.report.quality.results import RIVALS
+from tools.report.quality.results import table_of
+from tools.report.quality.results import TASKS
+from tools.report.quality.results import verdict
+
+
+def table(header, rows):
+    """A table in Markdown."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(task, value):
+    """As many digits as differ between optimizers."""
+    if not math.isfinite(value):
+        return "diverges"
+    if task in BY_LOSS:
+        return f"{value:.{1 if value > 10 else 3}f}"
+    return f"{value:.2f}"
+
+
+def marked(text, mark):
+    """A cell: what is best in bold, what ties with the lowest with a sign."""
+    return {"best": f"**{text}**", "tie": f"{text} ≈", "": text}[mark]
+
+
+def show(task, values, with_spread=True):
+    """A mean with its standard error."""
+    mean = statistics.mean(values)
+    text = number(task, mean)
+    if not with_spread or len(values) < 2 or not math.isfinite(mean):
+        return text
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{text} ± {number(task, error)}"
+
+
+def unit(task):
+    """What the numbers of a row are."""
+    return "" if task in BY_LOSS else ", error in %"
+
+
+def first_table(results):
+    """Equal steps and equal time, of the main optimizers."""
+    rows = []
+    for task, data in results.items():
+        both = []
+        for kind in ("steps", "time"):
+            # Marked next to all, not only to those shown.
+            values = table_of(task, data, kind)
+            signs = marks(values)
+            both.append(
+                {
+                    r: marked(show(task, values[r], False), signs[r])
+                    for r in MAIN
+                    if r in values
+                }
+            )
+        steps, time = both
+        cells = [
+            f"{steps.get(r, '')} ⁄ {time.get(r, '')}"
+            if time.get(r) != steps.get(r)
+            else steps.get(r, "")
+            for r in MAIN
+        ]
+        rows.append([TASKS[task] + unit(task), *cells])
+    return table(["task", *MAIN], rows)
+
+
+def score_table(results, kind):
+    """Errors or losses on the test split, of all optimizers."""
+    rows = []
+    for task, data in results.items():
+        values = table_of(task, data, kind)
+        signs = marks(values)
+        cells = [
+            marked(show(task, values[r]), signs[r]) if r in values else ""
+            for r in RIVALS
+        ]
+        rows.append([TASKS[task] + unit(task), *cells])
+    return table(["task", *RIVALS], rows)
+
+
+def win_table(results):
+    """How often a family is best, and by how much the other is."""
+    rows = []
+    names = {
+        "steps": "tuned, equal steps",
+        "time": "tuned, equal time",
+        **{kind: f"defaults: {defaults_name(kind)}" for kind in DEFAULTS},
+    }
+    for kind, what in names.items():
+        found = [
+            verdict(table_of(task, data, kind))[0]
+            for task, data in results.items()
+            if table_of(task, data, kind)
+        ]
+        counts = (str(found.count(x)) for x in ("ours", "tie", "theirs"))
+        rows.append([what, *counts])
+    return table(["", "one of ours", "tie", "another"], rows)
+
+
+def defaults_name(kind):
+    """What one of `DEFAULTS` is in words."""
+    schedule, factor = kind.split(", ")
+    rate = "three times the default rate" if factor == "3" else "default rate"
+    return f"{rate}, {schedule}"
+
+
+def target_table(times, with_longest):
+    """The table of the times to AdamW's best."""
+    rivals = [r for r in RIVALS if any(r in row for row in times.values())]
+
+    def cell(row, rival):
+        if rival not in row:
+            return ""
+        return f"{row[rival]:.2f}" if math.isfinite(row[rival]) else "—"
+
+    rows = [
+        [TASKS[task], *(cell(row, rival) for rival in rivals)]
+        for task, row in times.items()
+    ]
+    for what, of_all in (
+        ("**geometric mean**", geometric_means(times)),
+        ("with the longest schedule only", geometric_means(with_longest)),
+    ):
+        rows.append([what, *(f"{of_all[r]:.2f}" for r in rivals)])
+    return table(["task", *rivals], rows)
+
+
+def cost_table(results):
+    """What a step costs next to AdamW's."""
+    rivals = [r for r in RIVALS if r not in PROGRAMS]
+    rows = []
+    for task, data in results.items():
+        step = data["rows"]["step"]
+        ratios = [
+            f"{ratio_of(data, r):.2f}" if r in step else "" for r in rivals
+        ]
+        rows.append([TASKS[task], *ratios, f"{1e3 * step['seconds']:.2f}"])
+    return table(["task", *rivals, "AdamW, ms"], rows)
+
+
+def chosen_table(results):
+    """The learning rates, and the momentum where it isn't the default."""
+
+    def cell(data, rival):
+        row = data["rows"].get(f"rates: {rival}")
+        if row is None:
+            return ""
+        momentum = f" ({row['momentum']:g})" if row["momentum"] else ""
+        return f"{row['learning_rate']:.2g}{momentum}"
+
+    rivals = (*RIVALS, ABLATION)
+    rows = [
+        [TASKS[task], *(cell(data, r) for r in rivals)]
+        for task, data in results.items()
+    ]
+    return table(["task", *rivals], rows)
+
+
+def octave_table(results):
+    """How many octaves of rates are good."""
+
+    def cell(data, rival):
+        if not rates_of(data, rival):
+            return ""
+        own, best, is_open = octaves(data, rival)
+        sign = "≥ " if is_open else ""
+        return f"{sign}{own}, {best}"
+
+    rows = [
+        [TASKS[task], *(cell(data, r) for r in RIVALS)]
+        for task, data in results.items()
+    ]
+    means = [mean_octaves(results, rival) for rival in RIVALS]
+    rows.append(
+        [
+            "**mean**",
+            *(f"**{m[0]:.1f}, {m[1]:.1f}**" if m else "" for m in means),
+        ]
+    )
+    return table(["task", *RIVALS], rows)
+
+
+def rank_table(results):
+    """The mean ranks at the defaults, and how many runs diverge there."""
+    rows = []
+    for kind in DEFAULTS:
+        found = ranks(results, kind)
+        cells = (f"{found[r]:.1f}" if r in found else "" for r in RIVALS)
+        rows.append([defaults_name(kind), *cells])
+    for kind in DEFAULTS:
+        counts = (divergences(results, kind, rival) for rival in RIVALS)
+        rows.append(
+            [
+                f"diverging: {defaults_name(kind)}",
+                *(f"{bad} of {all_}" for bad, all_ in counts),
+            ]
+        )
+    return table(["mean rank", *RIVALS], rows)
+
+
+def ablation_table(results):
+    """With and without factors."""
+    rows = []
+    for task, data in results.items():
+        pair = table_of(task, data, "steps", rivals=("AdaFisherMuon", ABLATION))
+        if len(pair) < 2:
+            continue
+        signs = marks(pair)
+        # Ties need no sign where there are two.
+        cells = [
+            marked(show(task, pair[r]), signs[r].replace("tie", ""))
+            for r in pair
+        ]
+        rows.append([TASKS[task] + unit(task), *cells])
+    return table(["task", "AdaFisherMuon", "not whitened"], rows)
