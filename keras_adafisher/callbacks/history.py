@@ -1,69 +1,22 @@
 """Callbacks that record what an optimizer divides its momentum by."""
 
 import collections
-import csv
-import dataclasses
-import math
-import pathlib
-import time
+from collections.abc import Iterable
+from typing import Any
+from typing import Literal
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_adafisher.arguments import is_integer
-from keras_adafisher.custom_loops import adafishers
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-BINS = 30
-
-# Of parameters with more scalars, about as many are looked at: sorting all of
-# them would take longer than a training step.
-SAMPLE = 2**16
-
-_COLUMNS = [
-    "epoch",
-    "step",
-    "parameter",
-    "quantity",
-    *[f"q{quantile:g}" for quantile in QUANTILES],
-    "counts",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """How one quantity of one parameter was distributed at one time.
-
-    Attributes:
-        epoch: Int, the epoch's number, from 0.
-        step: Int, the number of the optimizer's updates until then.
-        parameter: String, the parameter's path.
-        quantity: String.
-        quantiles: Float64 array of shape `(7,)`: the minimum, the quantiles
-            at 5, 25, 50, 75 and 95 %, and the maximum.
-        counts: Int array of shape `(30,)`, the histogram.
-    """
-
-    epoch: int
-    step: int
-    parameter: str
-    quantity: str
-    quantiles: np.ndarray
-    counts: np.ndarray
-
-    @property
-    def edges(self):
-        """Float64 array of shape `(31,)`, the edges of the histogram's bins.
-
-        Where no value is negative, the edges have the same ratios: they divide
-        the range from the minimum to the maximum evenly on a logarithmic
-        scale. A bin that would lie below 1e-10 times the maximum reaches to
-        the minimum. Where there are negative values, the bins are as wide as
-        each other. If there is only one value, they reach from 1/2 below to
-        1/2 above it.
-        """
-        return _edges(*self.quantiles[[0, -1]])
+from keras_adafisher.aliases import Path
+from keras_adafisher.callbacks.records import Record
+from keras_adafisher.callbacks.records import summarize
+from keras_adafisher.callbacks.writers import check_path
+from keras_adafisher.callbacks.writers import CSVFile
+from keras_adafisher.callbacks.writers import TensorBoard
+from keras_adafisher.integration.custom_loops import adafishers
+from keras_adafisher.optimizer.arguments import is_integer
 
 
 class DistributionHistory(keras.callbacks.Callback):
@@ -81,27 +34,34 @@ class DistributionHistory(keras.callbacks.Callback):
         ImportError: There is a `log_dir`, but no TensorBoard.
     """
 
-    def __init__(self, every="epoch", csv_path=None, log_dir=None):
+    def __init__(
+        self,
+        every: int | Literal["epoch"] = "epoch",
+        csv_path: Path | None = None,
+        log_dir: Path | None = None,
+    ) -> None:
         super().__init__()
         if every != "epoch" and (not is_integer(every) or every < 1):
             raise ValueError(
                 'Argument `every` must be "epoch" or an integer >= 1. '
                 f"Received: every={every}"
             )
-        _check_path("csv_path", csv_path)
-        _check_path("log_dir", log_dir)
+        check_path("csv_path", csv_path)
+        check_path("log_dir", log_dir)
         self.every = every
-        self.records = []
+        self.records: list[Record] = []
         # Keras otherwise waits for each step's result, for a callback that
         # might want to see it.
         self.async_safe = every == "epoch"
-        self._file = None if csv_path is None else _CSVFile(csv_path)
-        self._board = None if log_dir is None else _TensorBoard(log_dir)
+        self._file = None if csv_path is None else CSVFile(csv_path)
+        self._board = None if log_dir is None else TensorBoard(log_dir)
         self._epoch = 0
         # Steps since the last record, and batches of the present epoch.
         self._steps = self._batches = 0
 
-    def start(self, optimizer):
+    def start(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> keras.optimizers.Optimizer:
         """Check the optimizer when training starts.
 
         Args:
@@ -114,7 +74,9 @@ class DistributionHistory(keras.callbacks.Callback):
             f"{self.__class__.__name__} must override `start()`."
         )
 
-    def distributions(self, optimizer):
+    def distributions(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> Iterable[tuple[keras.Variable, str, np.ndarray]]:
         """What is to be recorded now.
 
         Args:
@@ -128,7 +90,9 @@ class DistributionHistory(keras.callbacks.Callback):
             f"{self.__class__.__name__} must override `distributions()`."
         )
 
-    def select(self, parameter, quantity):
+    def select(
+        self, parameter: keras.Variable | str, quantity: str
+    ) -> list[Record]:
         """The records of one quantity of one parameter, in their order.
 
         Args:
@@ -157,14 +121,14 @@ class DistributionHistory(keras.callbacks.Callback):
             )
         return found
 
-    def record(self):
+    def record(self) -> None:
         """Record the present distributions."""
         # On JAX, `self.model` brings the model's and the optimizer's variables
         # up to date, and training goes on from them.
         optimizer = self.model.optimizer
         step = self._step(optimizer)
         records = [
-            _summarize(values, self._epoch, step, variable.path, quantity)
+            summarize(values, self._epoch, step, variable.path, quantity)
             for variable, quantity, values in self.distributions(optimizer)
         ]
         self.records += records
@@ -173,7 +137,7 @@ class DistributionHistory(keras.callbacks.Callback):
         if self._board is not None:
             self._board.write(records)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         optimizer = self.model.optimizer
         step = self._step(optimizer)
         if self._file is not None:
@@ -182,11 +146,15 @@ class DistributionHistory(keras.callbacks.Callback):
             # So that a run that was interrupted records at the same steps.
             self._steps = step % self.every
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         self._epoch = epoch
         self._batches = 0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if self.every == "epoch":
             return
         # With `steps_per_execution`, a call may stand for several steps.
@@ -196,11 +164,13 @@ class DistributionHistory(keras.callbacks.Callback):
             self._steps %= self.every
             self.record()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         if self.every == "epoch":
             self.record()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._board is not None:
             self._board.close()
 
@@ -263,7 +233,9 @@ class FisherHistory(DistributionHistory):
         records: List of all `Record`s.
     """
 
-    def start(self, optimizer):
+    def start(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> keras.optimizers.Optimizer:
         first = next(adafishers(optimizer), None)
         if first is None:
             raise ValueError(
@@ -273,10 +245,12 @@ class FisherHistory(DistributionHistory):
             )
         return first
 
-    def distributions(self, optimizer):
+    def distributions(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> Iterable[tuple[keras.Variable, str, np.ndarray]]:
         for adafisher in adafishers(optimizer):
             for variable, factors in _factors(adafisher):
-                fisher = _numpy(adafisher.fisher_diagonal(variable))
+                fisher = _numpy(adafisher.preconditioner(variable))
                 yield variable, "fisher", fisher
                 rate = _numpy(adafisher.effective_learning_rate(variable))
                 yield variable, "effective_learning_rate", rate
@@ -306,7 +280,9 @@ class SecondMomentHistory(DistributionHistory):
         records: List of all `Record`s.
     """
 
-    def start(self, optimizer):
+    def start(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> keras.optimizers.Optimizer:
         # Of `LossScaleOptimizer`.
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         if not isinstance(inner, keras.optimizers.Adam):
@@ -317,7 +293,9 @@ class SecondMomentHistory(DistributionHistory):
             )
         return inner
 
-    def distributions(self, optimizer):
+    def distributions(
+        self, optimizer: keras.optimizers.Optimizer
+    ) -> Iterable[tuple[keras.Variable, str, np.ndarray]]:
         adam = self.start(optimizer)
         step = int(ops.convert_to_numpy(adam.iterations))
         rate = float(ops.convert_to_numpy(adam.learning_rate))
@@ -330,108 +308,6 @@ class SecondMomentHistory(DistributionHistory):
             yield variable, "second_moment", moment
             root = np.sqrt(moment) + adam.epsilon
             yield variable, "effective_learning_rate", rate / root
-
-
-class _CSVFile:
-    """Records in a file that interrupted runs go on with."""
-
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-
-    def resume(self, step):
-        """Keep the rows of a run's past.
-
-        Args:
-            step: Int. Rows of later steps are removed.
-        """
-        kept = [row for row in self._rows() if int(row[1]) <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # In one go: there is always a whole file.
-        new = self.path.with_name(f"{self.path.name}.new")
-        with new.open("w", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *kept])
-        new.replace(self.path)
-
-    def write(self, records):
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(map(_row, records))
-
-    def _rows(self):
-        if not self.path.exists() or not self.path.stat().st_size:
-            return []
-        # What has no end was cut off while it was written.
-        with self.path.open(newline="", errors="replace") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        header, *rows = csv.reader(lines or [""])
-        if header != _COLUMNS:
-            raise ValueError(
-                "Argument `csv_path` must be a file that this callback has "
-                "written, or a new one. "
-                f"Received: csv_path={self.path}, with the columns {header}"
-            )
-        return rows
-
-
-class _TensorBoard:
-    """Histograms as TensorBoard reads them."""
-
-    def __init__(self, log_dir):
-        try:
-            # Not `tf.summary`: TensorBoard does without TensorFlow.
-            from tensorboard.compat.proto import event_pb2
-            from tensorboard.compat.proto import summary_pb2
-            from tensorboard.summary.writer import event_file_writer
-        except ImportError as error:
-            raise ImportError(
-                "Argument `log_dir` needs TensorBoard: `pip install "
-                f"tensorboard`. Received: log_dir={log_dir}"
-            ) from error
-        self._event = event_pb2.Event
-        self._summary = summary_pb2
-        self._make_writer = event_file_writer.EventFileWriter
-        self._log_dir = str(log_dir)
-        self._writer = None
-
-    def write(self, records):
-        if self._writer is None:
-            self._writer = self._make_writer(self._log_dir)
-        for record in records:
-            edges = record.edges
-            middles = (edges[:-1] + edges[1:]) / 2
-            histogram = self._summary.HistogramProto(
-                min=record.quantiles[0],
-                max=record.quantiles[-1],
-                num=record.counts.sum(),
-                sum=record.counts @ middles,
-                sum_squares=record.counts @ middles**2,
-                bucket_limit=edges[1:],
-                bucket=record.counts,
-            )
-            value = self._summary.Summary.Value(
-                tag=f"{record.quantity}/{record.parameter}", histo=histogram
-            )
-            self._writer.add_event(
-                self._event(
-                    wall_time=time.time(),
-                    step=record.step,
-                    summary=self._summary.Summary(value=[value]),
-                )
-            )
-        self._writer.flush()
-
-    def close(self):
-        # Training may go on: with another file of the same directory.
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def _check_path(name, value):
-    if value is not None and not isinstance(value, (str, pathlib.PurePath)):
-        raise ValueError(
-            f"Argument `{name}` must be a path, a string or a `pathlib.Path`. "
-            f"Received: {name}={value}"
-        )
 
 
 def _factors(optimizer):
@@ -453,44 +329,3 @@ def _factors(optimizer):
 
 def _numpy(tensor):
     return np.asarray(ops.convert_to_numpy(tensor))
-
-
-def _summarize(values, epoch, step, parameter, quantity):
-    values = np.ravel(values)
-    if values.size > SAMPLE:
-        # No divisor of the size, so that it reaches all rows and columns.
-        stride = math.ceil(values.size / SAMPLE)
-        while math.gcd(stride, values.size) > 1:
-            stride += 1
-        extremes = np.min(values), np.max(values)
-        values = np.append(values[::stride], extremes)
-    values = values.astype("float64")
-    if np.all(np.isfinite(values)):
-        quantiles = np.quantile(values, QUANTILES)
-        counts, _ = np.histogram(values, _edges(*quantiles[[0, -1]]))
-    else:
-        # Training has diverged.
-        quantiles = np.full(len(QUANTILES), np.nan)
-        counts = np.zeros(BINS, "int64")
-    return Record(epoch, step, parameter, quantity, quantiles, counts)
-
-
-def _edges(lowest, highest):
-    """Edges of the bins between the smallest and the largest value."""
-    if lowest < 0 or lowest == highest:
-        return np.histogram_bin_edges([lowest, highest], BINS)
-    edges = np.geomspace(max(lowest, 1e-10 * highest), highest, BINS + 1)
-    # Exactly, and down to 0 if there are zeros.
-    edges[0], edges[-1] = lowest, highest
-    return edges
-
-
-def _row(record):
-    return [
-        record.epoch,
-        record.step,
-        record.parameter,
-        record.quantity,
-        *[f"{quantile:.9g}" for quantile in record.quantiles],
-        " ".join(map(str, record.counts)),
-    ]
