@@ -8,7 +8,7 @@ from keras import ops
 from keras_adafisher import backend
 
 
-class Rows:
+class Segments:
     """Means and extremes of all rows at once.
 
     A matrix that is filled up to the longest row may be much larger than the
@@ -58,6 +58,22 @@ class Rows:
         total, low, high = (backend.take(values, chunks) for values in found)
         total, low, high = backend.sum_min_max(total * is_chunk, low, high)
         return total / self._lengths, low, high
+
+    def statistics(self, vector, names):
+        """What a normalization has to know of each row.
+
+        Args:
+            vector: See `mean`.
+            names: Tuple of strings, `Normalization.statistics`.
+
+        Returns:
+            Dict with the "mean" and, if one of them is among the names, "low"
+            and "high", tensors with an entry for each row.
+        """
+        if set(names) <= {"mean"}:
+            return {"mean": self.mean(vector)}
+        found = self.mean_min_max(vector)
+        return dict(zip(("mean", "low", "high"), found, strict=True))
 
     def to_entries(self, values):
         """Repeat what belongs to a row for each of its entries.

@@ -12,6 +12,9 @@ pre-activation gradients). Nothing in this file knows about layers, variables
 or backends.
 """
 
+import collections.abc
+import dataclasses
+
 from keras import ops
 
 # Below the smallest normal float32, devices differ in what a quotient is.
@@ -68,6 +71,30 @@ def mean_scaled(x, epsilon=0.0, mean=None):
         mean = mean + epsilon
     mean = ops.where(mean > _SMALLEST_NORMAL, mean, ops.ones_like(mean))
     return x / mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """One way to normalize what is measured.
+
+    Attributes:
+        function: Callable `(x, epsilon, *statistics)`, see `min_max`.
+        statistics: Tuple of the names of what it has to know of all entries
+            that are normalized together: "mean", "low" and "high".
+        joins_bias_input: Bool, whether the input that is always 1 is
+            normalized together with the others. It is 1 after it otherwise.
+    """
+
+    function: collections.abc.Callable
+    statistics: tuple
+    joins_bias_input: bool
+
+
+# What the argument `normalization` may be.
+NORMALIZATIONS = {
+    "mean": Normalization(mean_scaled, ("mean",), joins_bias_input=False),
+    "min_max": Normalization(min_max, ("low", "high"), joins_bias_input=True),
+}
 
 
 def running_average(average, value, gamma_1, gamma_2):

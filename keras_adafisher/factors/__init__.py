@@ -1,0 +1,1 @@
+"""The running Kronecker factors that an optimizer keeps."""
