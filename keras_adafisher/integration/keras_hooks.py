@@ -24,16 +24,16 @@ import weakref
 
 import keras
 
-from keras_adafisher.arguments import RULES
-from keras_adafisher.custom_loops import adafishers
-from keras_adafisher.custom_loops import run_step
+from keras_adafisher.integration.custom_loops import adafishers
+from keras_adafisher.integration.custom_loops import run_step
+from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.wrapping import unwrap_all_but
+from keras_adafisher.integration.wrapping import wrap
+from keras_adafisher.optimizer.arguments import RULES
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import probes_of
 from keras_adafisher.probe import with_probes
 from keras_adafisher.steps import current
-from keras_adafisher.wrap import layers_in
-from keras_adafisher.wrap import unwrap_all_but
-from keras_adafisher.wrap import wrap
 
 # The models that `compile` has wrapped.
 _wrapped = weakref.WeakSet()

@@ -2,15 +2,24 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import keras
 
+from keras_adafisher.optimizer.arguments import check
+from keras_adafisher.optimizer.arguments import matches
 from keras_adafisher.wrappers import find_wrapper
 from keras_adafisher.wrappers import warn_of_override
 from keras_adafisher.wrappers import wrapper_of
 
+# The attribute of layers that are left out.
+_EXCLUDED = "adafisher_excluded"
 
-def wrap(target):
+
+def wrap(
+    target: keras.Model | keras.layers.Layer,
+    exclude_layers: Sequence[str] | None = None,
+) -> None:
     """Make a model's layers measure their Kronecker factors in training.
 
     `model.compile(optimizer=AdaFisher())` calls this function. Call it
@@ -33,19 +42,29 @@ def wrap(target):
 
     Args:
         target: `keras.Model` or `keras.layers.Layer`.
+        exclude_layers: List of strings, regular expressions that are searched
+            for in the paths of layers. Those with one of them aren't wrapped,
+            neither now nor by a later `compile`, and their parameters take
+            AdamW's rule. A list takes the place of that of an earlier call.
+            Defaults to `None`, which leaves that one in force.
 
     Raises:
         TypeError: `target` is neither.
-        ValueError: The factors of a layer don't broadcast to its parameters.
-            No layer is wrapped then.
+        ValueError: The factors of a layer don't broadcast to its parameters, or
+            `exclude_layers` is something else. No layer is wrapped then.
     """
     layers = layers_in("wrap", target)
+    if exclude_layers is not None:
+        check("exclude_layers", exclude_layers)
+        for layer in layers:
+            path = layer.path or layer.name
+            layer.__dict__[_EXCLUDED] = matches(exclude_layers, path)
     built = [layer for layer in layers if layer.built]
     # All before the first is attached: if one can't be made, the model stays
     # as it is.
     wrappers = [make_wrapper(layer)[0] for layer in built]
     for layer, wrapper in zip(built, wrappers, strict=True):
-        if wrapper is None:
+        if wrapper is None and not layer.__dict__.get(_EXCLUDED):
             warn_of_override(layer)
     for layer, wrapper in zip(built, wrappers, strict=True):
         current = wrapper_of(layer)
@@ -60,7 +79,7 @@ def wrap(target):
             _wrap_when_built(layer)
 
 
-def unwrap(target):
+def unwrap(target: keras.Model | keras.layers.Layer) -> None:
     """Undo `wrap`.
 
     Args:
@@ -144,6 +163,8 @@ def make_wrapper(layer):
     """
     if "call" in layer.__dict__ and wrapper_of(layer) is None:
         return None, f"the `call` of {layer.name} was replaced"
+    if layer.__dict__.get(_EXCLUDED):
+        return None, f"{layer.name} is left out by `exclude_layers`"
     wrapper_class, reason = find_wrapper(layer)
     if wrapper_class is None:
         return None, reason

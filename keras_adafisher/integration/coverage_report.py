@@ -1,11 +1,16 @@
 """Which parameters of a model have Kronecker factors, and why others don't."""
 
+import collections
 import dataclasses
 import io
 import math
 
-from keras_adafisher.wrap import layers_in
-from keras_adafisher.wrap import make_wrapper
+import keras
+
+from keras_adafisher.aliases import Shape
+from keras_adafisher.integration.custom_loops import adafishers
+from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.wrapping import make_wrapper
 from keras_adafisher.wrappers import wrapper_of
 
 
@@ -25,17 +30,22 @@ class ParameterCoverage:
         source: What the factors come from, by what happened in training so
             far: "measured", "estimated" from the gradient, or "not yet". Empty
             if the parameter takes AdamW's rule.
+        direction: Along what its steps go: "diagonal", along the momentum
+            divided by the Fisher diagonal; with `AdaFisherMuon`
+            "orthogonalized" or "orthogonalized, root kept" for most kernels;
+            "AdamW" without factors.
     """
 
     layer: str
     parameter: str
-    shape: tuple
+    shape: Shape
     factors: str
     reason: str
     source: str = ""
+    direction: str = "AdamW"
 
     @property
-    def count(self):
+    def count(self) -> int:
         """Number of scalars."""
         return math.prod(self.shape)
 
@@ -47,18 +57,18 @@ class Coverage:
         rows: List of `ParameterCoverage`, one for each trainable parameter.
     """
 
-    def __init__(self, name, rows):
+    def __init__(self, name: str, rows: list[ParameterCoverage]) -> None:
         self.name = name
         self.rows = rows
 
     @property
-    def factored_fraction(self):
+    def factored_fraction(self) -> float:
         """The share of scalars that have factors, 0 to 1."""
         total = sum(row.count for row in self.rows)
         factored = sum(row.count for row in self.rows if row.factors)
         return factored / total if total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         import rich.console
         import rich.table
 
@@ -72,10 +82,11 @@ class Coverage:
                 row.parameter,
                 str(row.shape),
                 f"{row.count:,}",
-                row.factors or f"AdamW: {row.reason}",
+                _update_of(row),
             )
+        text = io.StringIO()
         console = rich.console.Console(
-            file=io.StringIO(), width=100, markup=False, highlight=False
+            file=text, width=100, markup=False, highlight=False
         )
         console.print(f'Coverage of model "{self.name}"')
         console.print(table)
@@ -83,15 +94,16 @@ class Coverage:
             f"Kronecker factors for {100 * self.factored_fraction:.2f}% of "
             f"{sum(row.count for row in self.rows):,} trainable parameters"
         )
-        return console.file.getvalue()
+        return text.getvalue()
 
     __repr__ = __str__
 
 
-def coverage(target):
+def coverage(target: keras.Model | keras.layers.Layer) -> Coverage:
     """Tell for each trainable parameter of a model how AdaFisher updates it.
 
-    The model needn't be wrapped, but built.
+    The model needn't be wrapped, but built. If it is compiled with one of this
+    package's optimizers, that one's way is told, else that of `AdaFisher`.
 
     ```python
     print(keras_adafisher.coverage(model))
@@ -119,6 +131,9 @@ def coverage(target):
     factors = {}
     sources = {}
     reasons = {}
+    # Dict from the id of a weight to a list of its blocks, the layer of each
+    # and the optimizers that are built for it.
+    uses = collections.defaultdict(list)
     for layer in layers:
         for variable in layer.variables:
             owners[id(variable)] = layer
@@ -133,12 +148,16 @@ def coverage(target):
         probes = wrapper.probes or [None] * len(wrapper.blocks)
         for block, probe in zip(wrapper.blocks, probes, strict=True):
             source, note = _source_of(block, probe)
+            if block.weight is not None:
+                built = [] if probe is None else list(probe.optimizers)
+                uses[id(block.weight)].append((block, layer, built))
             for variable, text in _describe(block, note):
                 # A weight that is used in two ways has two blocks.
                 known = factors.get(id(variable))
                 factors[id(variable)] = f"{known} + {text}" if known else text
                 sources.setdefault(id(variable), source)
 
+    compiled = list(adafishers(getattr(target, "optimizer", None)))
     rows = []
     for variable in target.trainable_variables:
         # Keras' mark for what its gradient replaces, such as the scales of
@@ -148,6 +167,9 @@ def coverage(target):
         layer = owners[id(variable)]
         text = factors.get(id(variable), "")
         reason = reasons.get(id(layer)) or f"no factors for {variable.name}"
+        direction = "diagonal" if text else "AdamW"
+        if id(variable) in uses:
+            direction = _direction_of(variable, uses[id(variable)], compiled)
         rows.append(
             ParameterCoverage(
                 layer=layer.path or layer.name,
@@ -156,9 +178,27 @@ def coverage(target):
                 factors=text,
                 reason="" if text else reason,
                 source=sources.get(id(variable), ""),
+                direction=direction,
             )
         )
     return Coverage(target.name, rows)
+
+
+def _direction_of(weight, uses, compiled):
+    blocks, layers, built = zip(*uses, strict=True)
+    # One that is compiled will be built; among several, who knows for what.
+    candidates = built[0] or (compiled if len(compiled) == 1 else [])
+    if not candidates:
+        return "diagonal"
+    return candidates[0].direction_of(weight, blocks, layers[0])
+
+
+def _update_of(row):
+    if not row.factors:
+        return f"AdamW: {row.reason}"
+    if row.direction == "diagonal":
+        return row.factors
+    return f"{row.factors}, {row.direction}"
 
 
 def _source_of(block, probe):

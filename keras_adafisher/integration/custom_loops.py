@@ -14,7 +14,11 @@ longer and conditions cost next to nothing.
 """
 
 import functools
+from collections.abc import Callable
 from os import environ
+from typing import Any
+from typing import Literal
+from typing import TypeVar
 
 import keras
 
@@ -22,11 +26,13 @@ from keras_adafisher import backend
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.steps import Step
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _SCOPES = ("auto", "layer", "step")
-_scope = environ.get("ADAFISHER_DECISION_SCOPE", "auto")
+_scope: Any = environ.get("ADAFISHER_DECISION_SCOPE", "auto")
 
 
-def set_decision_scope(scope):
+def set_decision_scope(scope: Literal["auto", "layer", "step"]) -> None:
     """Say where is decided whether a training step measures.
 
     The environment variable `ADAFISHER_DECISION_SCOPE` does the same. It takes
@@ -50,7 +56,7 @@ def set_decision_scope(scope):
     _scope = scope
 
 
-def decision_scope():
+def decision_scope() -> Literal["layer", "step"]:
     """Where is decided whether a training step measures.
 
     Returns:
@@ -69,7 +75,9 @@ def decision_scope():
     return _scope
 
 
-def training_step(*optimizers):
+def training_step(
+    *optimizers: keras.optimizers.Optimizer,
+) -> Callable[[_Function], _Function]:
     """Decorator that makes a function a training step of custom loops.
 
     Inside of the function, the layers of wrapped models measure, and their

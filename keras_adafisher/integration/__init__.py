@@ -1,0 +1,1 @@
+"""How the optimizers meet Keras: models, layers, training steps."""
