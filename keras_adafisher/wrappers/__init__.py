@@ -14,6 +14,7 @@ from keras_adafisher.wrappers.embedding import ReverseEmbeddingBlock
 from keras_adafisher.wrappers.experts import ExpertsBlock
 from keras_adafisher.wrappers.keras_hub import PositionEmbeddingWrapper
 from keras_adafisher.wrappers.layer_scale import LayerScaleWrapper
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.prelu import SlopeBlock
 from keras_adafisher.wrappers.recurrent import RecurrentCellWrapper
@@ -33,6 +34,7 @@ __all__ = [
     "GradientBlock",
     "LayerScaleWrapper",
     "LayerWrapper",
+    "MatrixView",
     "PositionEmbeddingWrapper",
     "RecurrentCellWrapper",
     "ReverseEmbeddingBlock",

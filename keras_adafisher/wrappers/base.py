@@ -2,10 +2,13 @@
 
 import functools
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import tap
@@ -61,7 +64,12 @@ class LayerWrapper(keras.layers.Layer):
         probes: List of `Probe`s, one for each of them.
     """
 
-    def __init__(self, host):
+    host: keras.layers.Layer
+    blocks: list[Block]
+    probes: list[Probe]
+    built: bool
+
+    def __init__(self, host: keras.layers.Layer) -> None:
         if not isinstance(host, keras.layers.Layer):
             raise TypeError(
                 "Argument `host` must be a `keras.layers.Layer`. "
@@ -96,7 +104,7 @@ class LayerWrapper(keras.layers.Layer):
             )
         return list(blocks)
 
-    def build(self):
+    def build(self) -> None:
         # Where one looks for what belongs to the host, beside its weights.
         path = self.host.path or self.host.name
         with keras.name_scope(
@@ -115,7 +123,7 @@ class LayerWrapper(keras.layers.Layer):
                     self.probes.append(probe)
                 self._taps.append(probe)
 
-    def measure(self, blocks):
+    def measure(self, blocks: list[Block]) -> None:
         """Measure other blocks than those that the layer's update needs.
 
         For a wrapper that isn't attached.
@@ -126,7 +134,7 @@ class LayerWrapper(keras.layers.Layer):
         self._all_blocks = blocks
         self.blocks = [block for block in blocks if block.parameters]
 
-    def make_blocks(self):
+    def make_blocks(self) -> Sequence[Block]:
         """The Kronecker-factored blocks of the host.
 
         Called once, when the host is built.
@@ -138,7 +146,7 @@ class LayerWrapper(keras.layers.Layer):
             f"{self.__class__.__name__} must override `make_blocks()`."
         )
 
-    def call(self, *args, **kwargs):
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """The host's computation with the taps in it.
 
         Takes what the host's own `call` takes and must return exactly what
@@ -147,7 +155,7 @@ class LayerWrapper(keras.layers.Layer):
         """
         return self.host_call(*args, **kwargs)
 
-    def tap(self, z, h, block=0):
+    def tap(self, z: Tensor, h: Tensor, block: int = 0) -> Tensor:
         """Measure a block here.
 
         Args:
@@ -171,11 +179,13 @@ class LayerWrapper(keras.layers.Layer):
             ) from None
         return z if probe is None else tap(z, h, probe)
 
-    def host_call(self, *args, **kwargs):
+    def host_call(self, *args: Any, **kwargs: Any) -> Any:
         """What the host's class computes."""
         return type(self.host).call(self.host, *args, **kwargs)
 
-    def host_call_without(self, attribute, *args, **kwargs):
+    def host_call_without(
+        self, attribute: str, *args: Any, **kwargs: Any
+    ) -> Any:
         """What the host's class computes if an attribute is `None`.
 
         Args:
@@ -192,23 +202,23 @@ class LayerWrapper(keras.layers.Layer):
         view.__dict__[attribute] = None
         return type(host).call(view, *args, **kwargs)
 
-    def host_call_without_activation(self, *args, **kwargs):
+    def host_call_without_activation(self, *args: Any, **kwargs: Any) -> Any:
         """What the host's class computes if its `activation` is `None`."""
         if self.host.activation in (None, keras.activations.linear):
             return self.host_call(*args, **kwargs)
         return self.host_call_without("activation", *args, **kwargs)
 
-    def activate(self, z):
+    def activate(self, z: Tensor) -> Tensor:
         """Apply the host's `activation`."""
         return z if self.host.activation is None else self.host.activation(z)
 
-    def has_the_blocks_of(self, other):
+    def has_the_blocks_of(self, other: "LayerWrapper | None") -> bool:
         """Whether another wrapper, or `None`, factors the same parameters."""
         if other is None:
             return False
         return _parameter_ids(self) == _parameter_ids(other)
 
-    def attach(self):
+    def attach(self) -> None:
         """Take the place of the host's `call`."""
         host = self.host
 
@@ -229,20 +239,20 @@ class LayerWrapper(keras.layers.Layer):
             self.build()
             self.built = True
         # Past Keras' tracking, which would make it a sub-layer.
-        vars(host)[_ATTRIBUTE] = self
+        host.__dict__[_ATTRIBUTE] = self
         for probe in self.probes:
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
 
-    def detach(self):
+    def detach(self) -> None:
         """Give the host its own `call` back and leave it."""
         host = self.host
         for probe in self.probes:
             unmark_parameters(probe)
         del host.call
         del host.rematerialized_call
-        del vars(host)[_ATTRIBUTE]
+        del host.__dict__[_ATTRIBUTE]
 
 
 class OutputWrapper(LayerWrapper):
@@ -251,7 +261,7 @@ class OutputWrapper(LayerWrapper):
     A subclass has to override `make_blocks` only.
     """
 
-    def call(self, inputs, *args, **kwargs):
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.tap(self.host_call(inputs, *args, **kwargs), inputs)
 
 
@@ -261,12 +271,12 @@ class ActivationWrapper(LayerWrapper):
     A subclass has to override `make_blocks` only.
     """
 
-    def call(self, inputs, *args, **kwargs):
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         z = self.host_call_without_activation(inputs, *args, **kwargs)
         return self.activate(self.tap(z, inputs))
 
 
-def wrapper_of(layer):
+def wrapper_of(layer: keras.layers.Layer) -> LayerWrapper | None:
     """The `LayerWrapper` of a wrapped layer, `None` for any other layer."""
     return vars(layer).get(_ATTRIBUTE)
 

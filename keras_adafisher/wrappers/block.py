@@ -6,9 +6,14 @@ Fisher information: the shapes of the two factors, how they are measured from
 make up the Fisher diagonal of the weight and of the bias.
 """
 
+from collections.abc import Iterable
+
 import keras
 
+from keras_adafisher.aliases import Shape
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import rank_one_factors
+from keras_adafisher.wrappers.matrix_view import MatrixView
 
 
 class Block:
@@ -38,14 +43,16 @@ class Block:
             whose `H` the authors' code divides by it.
     """
 
-    activation_shape = ()
-    gradient_shape = ()
-    bias_gradient_shape = None
-    is_estimated = False
-    normalizes_one = True
-    epsilon_scale = 1
+    activation_shape: Shape = ()
+    gradient_shape: Shape = ()
+    bias_gradient_shape: Shape | None = None
+    is_estimated: bool = False
+    normalizes_one: bool = True
+    epsilon_scale: float = 1
 
-    def __init__(self, weight, bias=None):
+    def __init__(
+        self, weight: keras.Variable | None, bias: keras.Variable | None = None
+    ) -> None:
         for name, variable in (("weight", weight), ("bias", bias)):
             if variable is not None and not isinstance(
                 variable, keras.Variable
@@ -59,12 +66,12 @@ class Block:
         self.bias = bias
 
     @property
-    def parameters(self):
+    def parameters(self) -> list[keras.Variable]:
         """The variables that this block factors."""
         return [v for v in (self.weight, self.bias) if v is not None]
 
     @property
-    def takes_rows(self):
+    def takes_rows(self) -> bool:
         """Whether `fisher_of_weight` takes some rows of the factors too.
 
         A row is a position on the weight's first axis. Then large weights are
@@ -75,16 +82,27 @@ class Block:
         return self.has_operands_of_weight and not has_own
 
     @property
-    def has_operands_of_weight(self):
+    def has_operands_of_weight(self) -> bool:
         """Whether `fisher_of_weight` is the product of two tensors."""
         return type(self).fisher_of_weight is Block.fisher_of_weight
 
     @property
-    def has_operands_of_bias(self):
+    def has_operands_of_bias(self) -> bool:
         """Whether `fisher_of_bias` is the product of two tensors."""
         return type(self).fisher_of_bias is Block.fisher_of_bias
 
-    def activation_statistic(self, h):
+    def matrix_view(self) -> MatrixView | None:
+        """How the weight is a matrix, or several: inputs by outputs.
+
+        `AdaFisherMuon` orthogonalizes the steps of such weights.
+
+        Returns:
+            A `MatrixView`, or `None` for weights that are none, such as those
+            of embeddings and normalizations.
+        """
+        return None
+
+    def activation_statistic(self, h: Tensor) -> Tensor:
         """Mean of `h²` over batch and positions, per input coordinate.
 
         Args:
@@ -98,7 +116,7 @@ class Block:
             f"{self.__class__.__name__} must override `activation_statistic()`."
         )
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         """Mean of `s²` over batch and positions, per output coordinate.
 
         Args:
@@ -112,7 +130,7 @@ class Block:
             f"{self.__class__.__name__} must override `gradient_statistic()`."
         )
 
-    def split_gradient(self, statistic):
+    def split_gradient(self, statistic: Tensor) -> tuple[Tensor, Tensor | None]:
         """Get `S`, and the bias' own `S`, from what was measured.
 
         Args:
@@ -124,7 +142,7 @@ class Block:
         """
         return statistic, None
 
-    def estimate_from_gradient(self, gradient):
+    def estimate_from_gradient(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate `H` and `S` from the gradient of the weight alone.
 
         For where nothing can be measured: see `GradientBlock`.
@@ -140,7 +158,7 @@ class Block:
             gradient, self.activation_shape, self.gradient_shape
         )
 
-    def fisher_of_weight(self, activation, gradient):
+    def fisher_of_weight(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """The Fisher diagonal of the weight, undamped.
 
         Args:
@@ -154,7 +172,9 @@ class Block:
         activation, gradient = self.operands_of_weight(activation, gradient)
         return activation * gradient
 
-    def operands_of_weight(self, activation, gradient):
+    def operands_of_weight(
+        self, activation: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The two tensors whose product `fisher_of_weight` is.
 
         On PyTorch, those of all blocks are multiplied together.
@@ -164,7 +184,7 @@ class Block:
         """
         return activation, gradient
 
-    def fisher_of_bias(self, one, gradient):
+    def fisher_of_bias(self, one: Tensor, gradient: Tensor) -> Tensor:
         """The Fisher diagonal of the bias, undamped.
 
         Args:
@@ -179,7 +199,9 @@ class Block:
         one, gradient = self.operands_of_bias(one, gradient)
         return one * gradient
 
-    def operands_of_bias(self, one, gradient):
+    def operands_of_bias(
+        self, one: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The two tensors whose product `fisher_of_bias` is.
 
         Args:
@@ -215,11 +237,24 @@ class GradientBlock(Block):
         activation_shape: Shape of `H`, which broadcasts to the weight's.
         gradient_shape: Shape of `S`, which broadcasts to the weight's.
         bias: Variable, or `None`. It takes `S`, and 1 for `H`.
+        view: `MatrixView` of the weight. Defaults to `None`: see
+            `Block.matrix_view`.
     """
 
     is_estimated = True
 
-    def __init__(self, weight, activation_shape, gradient_shape, bias=None):
+    def __init__(
+        self,
+        weight: keras.Variable | None,
+        activation_shape: Iterable[int],
+        gradient_shape: Iterable[int],
+        bias: keras.Variable | None = None,
+        view: MatrixView | None = None,
+    ) -> None:
         super().__init__(weight, bias)
         self.activation_shape = tuple(activation_shape)
         self.gradient_shape = tuple(gradient_shape)
+        self._view = view
+
+    def matrix_view(self) -> MatrixView | None:
+        return self._view

@@ -1,17 +1,20 @@
 """Convolutions."""
 
 import math
+from collections.abc import Iterable
 
 import keras
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
 from keras_adafisher.statistics import rank_one_factors
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper
 
 
@@ -43,17 +46,17 @@ class ConvBlock(Block):
 
     def __init__(
         self,
-        weight,
-        bias,
-        channels,
-        filters,
-        kernel_size,
-        strides,
-        dilation_rate,
-        padding,
-        data_format,
-        groups=1,
-    ):
+        weight: keras.Variable | None,
+        bias: keras.Variable | None,
+        channels: int,
+        filters: int,
+        kernel_size: Iterable[int],
+        strides: Iterable[int],
+        dilation_rate: Iterable[int],
+        padding: str,
+        data_format: str,
+        groups: int = 1,
+    ) -> None:
         super().__init__(weight, bias)
         self.filters = filters
         self.kernel_size = tuple(kernel_size)
@@ -69,7 +72,18 @@ class ConvBlock(Block):
         self.epsilon_scale = math.prod(self.activation_shape[:-1])
         self.gradient_shape = (filters,)
 
-    def activation_statistic(self, h):
+    def matrix_view(self) -> MatrixView:
+        # Filters are ordered by group.
+        *inputs, groups = self.activation_shape
+        rank = len(inputs)
+        return MatrixView(
+            (*inputs, groups, self.filters // groups),
+            inputs=range(rank),
+            outputs=(rank + 1,),
+            maps=(rank,),
+        )
+
+    def activation_statistic(self, h: Tensor) -> Tensor:
         h = patch_mean_square(
             h,
             self.kernel_size,
@@ -85,10 +99,10 @@ class ConvBlock(Block):
         h = backend.reshape(h, (*self.kernel_size, groups, group_size))
         return ops.swapaxes(h, -1, -2)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         return channel_mean_square(s, self.channels_first)
 
-    def estimate_from_gradient(self, gradient):
+    def estimate_from_gradient(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         # Filters are ordered by group as well.
         groups = self.groups
         activation, gradient = rank_one_factors(
@@ -101,7 +115,9 @@ class ConvBlock(Block):
             backend.reshape(gradient, self.gradient_shape),
         )
 
-    def operands_of_weight(self, activation, gradient):
+    def operands_of_weight(
+        self, activation: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.groups > 1:
             filters_per_group = self.filters // self.groups
             activation = ops.repeat(activation, filters_per_group, axis=-1)

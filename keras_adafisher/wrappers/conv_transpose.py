@@ -1,14 +1,18 @@
 """Transposed convolutions."""
 
+from collections.abc import Iterable
+
 import keras
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.statistics import transposed_window_mean
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper
 
 
@@ -44,8 +48,14 @@ class ConvTransposeBlock(Block):
     """
 
     def __init__(
-        self, weight, bias, strides, dilation_rate, extents, data_format
-    ):
+        self,
+        weight: keras.Variable,
+        bias: keras.Variable | None,
+        strides: Iterable[int],
+        dilation_rate: Iterable[int],
+        extents: Iterable[int],
+        data_format: str,
+    ) -> None:
         super().__init__(weight, bias)
         *kernel_size, filters, channels = weight.shape
         self.kernel_size = tuple(kernel_size)
@@ -56,7 +66,16 @@ class ConvTransposeBlock(Block):
         self.activation_shape = (*kernel_size, 1, channels)
         self.gradient_shape = (filters, 1)
 
-    def activation_statistic(self, h):
+    def matrix_view(self) -> MatrixView:
+        *kernel_size, _, channels = self.activation_shape
+        taps = len(kernel_size)
+        return MatrixView(
+            (*kernel_size, self.gradient_shape[0], channels),
+            inputs=(*range(taps), taps + 1),
+            outputs=(taps,),
+        )
+
+    def activation_statistic(self, h: Tensor) -> Tensor:
         h = mean_square(h, axis=(0,))
         if self.channels_first:
             h = ops.moveaxis(h, 0, -1)
@@ -71,11 +90,13 @@ class ConvTransposeBlock(Block):
             h = transposed_window_mean(h, axis, *window)
         return ops.expand_dims(h, -2)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         s = channel_mean_square(s, self.channels_first)
         return backend.reshape(s, self.gradient_shape)
 
-    def operands_of_bias(self, one, gradient):
+    def operands_of_bias(
+        self, one: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return one, backend.reshape(gradient, (-1,))
 
 

@@ -2,10 +2,12 @@
 
 import keras
 
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper
 
 
@@ -23,15 +25,25 @@ class DenseBlock(Block):
         outputs: Int, number of output coordinates.
     """
 
-    def __init__(self, weight, bias, inputs, outputs):
+    def __init__(
+        self,
+        weight: keras.Variable | None,
+        bias: keras.Variable | None,
+        inputs: int,
+        outputs: int,
+    ) -> None:
         super().__init__(weight, bias)
         self.activation_shape = (inputs, 1)
         self.gradient_shape = (outputs,)
 
-    def activation_statistic(self, h):
+    def matrix_view(self) -> MatrixView:
+        shape = (self.activation_shape[0], *self.gradient_shape)
+        return MatrixView(shape, inputs=(0,), outputs=(1,))
+
+    def activation_statistic(self, h: Tensor) -> Tensor:
         return mean_square(h, axis=tuple(range(len(h.shape) - 1)))
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         return mean_square(s, axis=tuple(range(len(s.shape) - 1)))
 
 

@@ -1,9 +1,12 @@
 """Depthwise and separable convolutions."""
 
+from collections.abc import Iterable
+
 import keras
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import channel_mean_square
 from keras_adafisher.statistics import patch_mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
@@ -34,8 +37,14 @@ class DepthwiseConvBlock(Block):
     """
 
     def __init__(
-        self, weight, bias, strides, dilation_rate, padding, data_format
-    ):
+        self,
+        weight: keras.Variable,
+        bias: keras.Variable | None,
+        strides: Iterable[int],
+        dilation_rate: Iterable[int],
+        padding: str,
+        data_format: str,
+    ) -> None:
         super().__init__(weight, bias)
         *kernel_size, channels, multiplier = weight.shape
         self.kernel_size = tuple(kernel_size)
@@ -46,7 +55,7 @@ class DepthwiseConvBlock(Block):
         self.activation_shape = (*kernel_size, channels, 1)
         self.gradient_shape = (channels, multiplier)
 
-    def activation_statistic(self, h):
+    def activation_statistic(self, h: Tensor) -> Tensor:
         h = patch_mean_square(
             h,
             self.kernel_size,
@@ -57,11 +66,13 @@ class DepthwiseConvBlock(Block):
         )
         return ops.expand_dims(h, -1)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         s = channel_mean_square(s, self.channels_first)
         return backend.reshape(s, self.gradient_shape)
 
-    def operands_of_bias(self, one, gradient):
+    def operands_of_bias(
+        self, one: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return one, backend.reshape(gradient, (-1,))
 
 

@@ -1,13 +1,18 @@
 """EinsumDense layers, and so the projections of attention layers."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import ActivationWrapper
 from keras_adafisher.wrappers.base import variable_or_none
 from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper
 
 
@@ -46,13 +51,20 @@ class EinsumBlock(Block):
         bias_axes: String, the labels of the bias, or `None`.
     """
 
-    def __init__(self, weight, bias, equation, kernel_shape, bias_axes=None):
+    def __init__(
+        self,
+        weight: keras.Variable | None,
+        bias: keras.Variable | None,
+        equation: str,
+        kernel_shape: Iterable[int],
+        bias_axes: str | None = None,
+    ) -> None:
         super().__init__(weight, bias)
         input_spec, rest = equation.split(",")
         kernel, output_spec = rest.split("->")
         self.is_left_elided = input_spec.startswith("...")
         inputs, outputs = input_spec.strip("."), output_spec.strip(".")
-        bias_axes = "" if bias is None else bias_axes
+        bias_spec: Any = "" if bias is None else bias_axes
 
         # Labels in the order of the input, of the output and of the kernel.
         self.input_labels = _common(inputs, kernel + outputs)
@@ -61,8 +73,8 @@ class EinsumBlock(Block):
         self.s_labels = _common(outputs, kernel)
         self.kernel_h_labels = _common(kernel, inputs)
         self.kernel_s_labels = _common(kernel, outputs)
-        self.bias_labels = _common(outputs, bias_axes)
-        self.measured_labels = _common(outputs, kernel + bias_axes)
+        self.bias_labels = _common(outputs, bias_spec)
+        self.measured_labels = _common(outputs, kernel + bias_spec)
         self.reduction = None
         if inputs != self.input_labels:
             # A sum, or a diagonal where a label repeats.
@@ -81,17 +93,35 @@ class EinsumBlock(Block):
             if self.bias_labels != self.s_labels:
                 self.bias_gradient_shape = self.bias_shape
         self.s_sizes = _sizes(self.kernel_s_labels, sizes)
+        self._kernel_labels = kernel
+        self._kernel_shape = tuple(kernel_shape)
 
-    def activation_statistic(self, h):
+    def matrix_view(self) -> MatrixView | None:
+        kernel = self._kernel_labels
+        both = _common(self.kernel_h_labels, self.kernel_s_labels)
+        groups = [
+            [kernel.index(label) for label in labels if label not in both]
+            for labels in (self.kernel_h_labels, self.kernel_s_labels)
+        ]
+        inputs, outputs = groups
+        maps = [kernel.index(label) for label in both]
+        # A label of the kernel alone is summed over, and one that repeats
+        # takes a diagonal.
+        is_matrix = len(inputs + outputs + maps) == len(kernel)
+        if not (inputs and outputs and is_matrix):
+            return None
+        return MatrixView(self._kernel_shape, inputs, outputs, maps)
+
+    def activation_statistic(self, h: Tensor) -> Tensor:
         if self.reduction is not None:
             h = ops.einsum(self.reduction, ops.cast(h, "float32"))
         h = self._mean_square(h, self.input_labels, self.h_labels)
         return _permute(h, self.h_labels, self.kernel_h_labels)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         return self._mean_square(s, self.output_labels, self.measured_labels)
 
-    def split_gradient(self, statistic):
+    def split_gradient(self, statistic: Tensor) -> tuple[Tensor, Tensor | None]:
         gradient = _mean(statistic, self.measured_labels, self.s_labels)
         gradient = _permute(gradient, self.s_labels, self.kernel_s_labels)
         if self.bias_gradient_shape is None:
@@ -100,7 +130,9 @@ class EinsumBlock(Block):
             statistic, self.measured_labels, self.bias_labels
         )
 
-    def operands_of_bias(self, one, gradient):
+    def operands_of_bias(
+        self, one: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.bias_gradient_shape is None:
             gradient = backend.reshape(gradient, self.s_sizes)
             gradient = _permute(gradient, self.kernel_s_labels, self.s_labels)

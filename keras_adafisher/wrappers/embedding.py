@@ -9,6 +9,7 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.base import OutputWrapper
@@ -40,12 +41,14 @@ class EmbeddingBlock(Block):
         outputs: Int, size of an embedding.
     """
 
-    def __init__(self, weight, inputs, outputs):
+    def __init__(
+        self, weight: keras.Variable | None, inputs: int, outputs: int
+    ) -> None:
         super().__init__(weight)
         self.activation_shape = (inputs, 1)
         self.gradient_shape = (outputs,)
 
-    def activation_statistic(self, h):
+    def activation_statistic(self, h: Tensor) -> Tensor:
         inputs = self.activation_shape[0]
         ids = backend.reshape(h, (-1,))
         # What `Embedding.call` and `ops.take` make of them: negative ids
@@ -60,7 +63,7 @@ class EmbeddingBlock(Block):
         frequencies = counts / size
         return backend.reshape(frequencies, self.activation_shape)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         return mean_square(s, axis=tuple(range(len(s.shape) - 1)))
 
 
@@ -78,16 +81,18 @@ class ReverseEmbeddingBlock(Block):
         outputs: Int, number of ids.
     """
 
-    def __init__(self, weight, inputs, outputs):
+    def __init__(
+        self, weight: keras.Variable | None, inputs: int, outputs: int
+    ) -> None:
         super().__init__(weight)
         self.activation_shape = (1, inputs)
         self.gradient_shape = (outputs, 1)
 
-    def activation_statistic(self, h):
+    def activation_statistic(self, h: Tensor) -> Tensor:
         h = mean_square(h, axis=tuple(range(len(h.shape) - 1)))
         return backend.reshape(h, self.activation_shape)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         s = mean_square(s, axis=tuple(range(len(s.shape) - 1)))
         return backend.reshape(s, self.gradient_shape)
 

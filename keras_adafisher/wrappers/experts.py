@@ -1,9 +1,12 @@
 """Mixtures of experts: kernels with an axis of experts."""
 
+import keras
 from keras import ops
 
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.wrappers.base import LayerWrapper
 from keras_adafisher.wrappers.block import GradientBlock
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper_by_name
 
 EXPERTS = (
@@ -28,13 +31,21 @@ class ExpertsBlock(GradientBlock):
         bias: Variable of shape `(experts, outputs)`, or `None`.
     """
 
-    def __init__(self, weight, bias=None):
+    def __init__(
+        self, weight: keras.Variable, bias: keras.Variable | None = None
+    ) -> None:
         experts, inputs, outputs = weight.shape
         super().__init__(
-            weight, (experts, inputs, 1), (experts, 1, outputs), bias
+            weight,
+            (experts, inputs, 1),
+            (experts, 1, outputs),
+            bias,
+            MatrixView(weight.shape, inputs=(1,), outputs=(2,), maps=(0,)),
         )
 
-    def operands_of_bias(self, one, gradient):
+    def operands_of_bias(
+        self, one: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return one, ops.squeeze(gradient, axis=1)
 
 

@@ -1,8 +1,13 @@
 """Layers of keras_hub, known by name: the package isn't imported."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from keras import ops
 
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.embedding import EmbeddingBlock
 from keras_adafisher.wrappers.layer_scale import LayerScaleWrapper
 from keras_adafisher.wrappers.registry import register_wrapper_by_name
@@ -61,11 +66,16 @@ class PositionEmbeddingWrapper(LayerWrapper):
     carries no information and is 0.
     """
 
-    def make_blocks(self):
+    def make_blocks(self) -> Sequence[Block]:
         embeddings = self.host.position_embeddings
         return [EmbeddingBlock(embeddings, *embeddings.shape)]
 
-    def call(self, inputs, start_index=0, positions=None):
+    def call(
+        self,
+        inputs: Tensor,
+        start_index: Any = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         z = self.host_call(inputs, start_index, positions)
         if positions is None:
             positions = start_index + ops.arange(ops.shape(inputs)[-2])

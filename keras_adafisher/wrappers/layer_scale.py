@@ -1,6 +1,9 @@
 """Layers that scale their channels."""
 
+from collections.abc import Sequence
+
 from keras_adafisher.wrappers.base import OutputWrapper
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import register_wrapper_by_name
 
@@ -19,7 +22,7 @@ class LayerScaleWrapper(OutputWrapper):
     are the last axis, unless its `data_format` says that they are the first.
     """
 
-    def make_blocks(self):
+    def make_blocks(self) -> Sequence[Block]:
         data_format = getattr(self.host, "data_format", None)
         axis = 1 if data_format == "channels_first" else -1
         return [

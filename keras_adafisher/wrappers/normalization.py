@@ -1,8 +1,11 @@
 """Normalization layers: their scale and shift."""
 
+from collections.abc import Iterable
+
 import keras
 
 from keras_adafisher import backend
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.statistics import mean_square
 from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.block import Block
@@ -25,16 +28,22 @@ class ScaleBlock(Block):
     # Scale and shift are factored apart.
     normalizes_one = False
 
-    def __init__(self, weight, bias, axis, shape):
+    def __init__(
+        self,
+        weight: keras.Variable | None,
+        bias: keras.Variable | None,
+        axis: Iterable[int],
+        shape: Iterable[int],
+    ) -> None:
         super().__init__(weight, bias)
         self.axis = tuple(axis)
         self.activation_shape = tuple(shape)
         self.gradient_shape = tuple(shape)
 
-    def activation_statistic(self, h):
+    def activation_statistic(self, h: Tensor) -> Tensor:
         return self._mean_square(h)
 
-    def gradient_statistic(self, s):
+    def gradient_statistic(self, s: Tensor) -> Tensor:
         return self._mean_square(s)
 
     def _mean_square(self, x):

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_adafisher.aliases import Tensor
 from keras_adafisher.wrappers.base import OutputWrapper
 from keras_adafisher.wrappers.normalization import ScaleBlock
 from keras_adafisher.wrappers.registry import register_wrapper
@@ -16,7 +17,7 @@ class SlopeBlock(ScaleBlock):
     with positive `x` (where `h` is 0) included. Ours.
     """
 
-    def activation_statistic(self, h):
+    def activation_statistic(self, h: Tensor) -> Tensor:
         return super().activation_statistic(ops.minimum(h, 0))
 
 

@@ -1,9 +1,13 @@
 """Cells of recurrent layers."""
 
+from collections.abc import Sequence
+
 import keras
 
 from keras_adafisher.wrappers.base import LayerWrapper
+from keras_adafisher.wrappers.block import Block
 from keras_adafisher.wrappers.block import GradientBlock
+from keras_adafisher.wrappers.matrix_view import MatrixView
 from keras_adafisher.wrappers.registry import register_wrapper
 from keras_adafisher.wrappers.registry import register_wrapper_by_name
 
@@ -27,7 +31,7 @@ class RecurrentCellWrapper(LayerWrapper):
     which is the same on all paths. Ours: the paper has no recurrent layers.
     """
 
-    def make_blocks(self):
+    def make_blocks(self) -> Sequence[Block]:
         cell = self.host
         return [
             _block(cell.kernel, cell.bias),
@@ -37,4 +41,6 @@ class RecurrentCellWrapper(LayerWrapper):
 
 def _block(kernel, bias=None):
     *inputs, outputs = kernel.shape
-    return GradientBlock(kernel, (*inputs, 1), (outputs,), bias)
+    rank = len(inputs)
+    view = MatrixView(kernel.shape, inputs=range(rank), outputs=(rank,))
+    return GradientBlock(kernel, (*inputs, 1), (outputs,), bias, view)

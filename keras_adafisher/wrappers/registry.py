@@ -2,10 +2,14 @@
 
 import warnings
 import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import keras
 
 from keras_adafisher.wrappers.base import LayerWrapper
+
+_WrapperClass = TypeVar("_WrapperClass", bound=type[LayerWrapper])
 
 _WRAPPERS = {}
 # For classes of packages that aren't imported here, and for classes that
@@ -20,7 +24,9 @@ _COMPUTATION = ("call", "convolution_op")
 _warned = weakref.WeakSet()
 
 
-def register_wrapper(layer_class):
+def register_wrapper(
+    layer_class: type[keras.layers.Layer],
+) -> Callable[[_WrapperClass], _WrapperClass]:
     """Class decorator that registers a `LayerWrapper` for a layer class.
 
     A subclass of `layer_class` uses the same wrapper as long as it keeps
@@ -100,7 +106,9 @@ def register_wrapper_by_name(package, *class_names):
     return register
 
 
-def find_wrapper(layer):
+def find_wrapper(
+    layer: keras.layers.Layer,
+) -> tuple[type[LayerWrapper] | None, str]:
     """The wrapper class for a layer, or the reason why there is none.
 
     Args:
@@ -124,7 +132,7 @@ def find_wrapper(layer):
     return _registered_for(registered), ""
 
 
-def warn_of_override(layer):
+def warn_of_override(layer: keras.layers.Layer) -> None:
     """Warn if a layer trains without the factors that its parent has.
 
     Args:
