@@ -17,7 +17,24 @@ from keras import ops
 from keras_adafisher import backend
 
 
-class MeanSquares:
+def are_measured(update, interval):
+    """Whether there is a measurement at an update.
+
+    At each of the first `interval` updates, and then at one in so many.
+
+    Args:
+        update: Integer, a number or a tensor. The first update is 0.
+        interval: Integer, `factor_update_steps`.
+
+    Returns:
+        Bool or boolean tensor.
+    """
+    if interval == 1:
+        return True
+    return (update < interval) | (update % interval == 0)
+
+
+class UpdateRMS:
     """The running mean squares of all parameters that have factors.
 
     They are measured at each of the first `factor_update_steps` updates, when
@@ -51,16 +68,6 @@ class MeanSquares:
     @property
     def _interval(self):
         return self._settings.factor_update_steps
-
-    def are_measured(self, update):
-        """Whether there is a measurement at an update.
-
-        Args:
-            update: Integer, a number or a tensor. The first update is 0.
-        """
-        if self._interval == 1:
-            return True
-        return (update < self._interval) | (update % self._interval == 0)
 
     def averaged(self, squares, update):
         """The running averages, a measurement included.

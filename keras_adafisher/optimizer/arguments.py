@@ -6,10 +6,14 @@ One table, `RULES`, serves the constructor and what is assigned later.
 import collections.abc
 import dataclasses
 import difflib
+import inspect
 import math
 import numbers
+import re
 
 import keras
+
+from keras_adafisher.factors.normalization import NORMALIZATIONS
 
 
 def is_integer(value):
@@ -95,6 +99,15 @@ def _integer(least, **options):
     )
 
 
+def _are_patterns(value):
+    if not isinstance(value, (list, tuple)):
+        return False
+    try:
+        return all(isinstance(x, str) and re.compile(x) for x in value)
+    except re.error:
+        return False
+
+
 RULES = {
     "beta": _decay_rate(kind=float),
     "damping": _positive(kind=float),
@@ -103,12 +116,30 @@ RULES = {
     "factor_update_steps": _integer(1, kind=int),
     "epsilon": _not_negative(kind=float),
     "normalization": Rule(
-        '"mean" or "min_max"', lambda value: value in ("mean", "min_max")
+        " or ".join(f'"{name}"' for name in NORMALIZATIONS),
+        lambda value: value in list(NORMALIZATIONS),
     ),
     "nesterov": Rule("a boolean", lambda value: isinstance(value, bool)),
     "rms_decay": _decay_rate(kind=float, is_optional=True),
     "adam_beta_2": _decay_rate(kind=float),
     "adam_epsilon": _not_negative(kind=float),
+    "factor_damping": _positive(kind=float),
+    # With each, rounding errors of a Gram matrix grow twelvefold.
+    "ns_steps": Rule(
+        "an integer from 1 to 6",
+        lambda value: is_integer(value) and 1 <= value <= 6,
+        kind=int,
+    ),
+    "keep_roots": Rule(
+        'a boolean or "auto"',
+        lambda value: isinstance(value, bool) or value == "auto",
+    ),
+    "exclude_layers": Rule(
+        "a list of strings, regular expressions",
+        lambda value: _are_patterns(value),
+        kind=list,
+        is_optional=True,
+    ),
     # Keras takes anything below, and the first step would fail or, with a NaN,
     # destroy the weights.
     "weight_decay": _not_negative(is_optional=True),
@@ -149,7 +180,31 @@ _OTHER_NAMES = {
     "gamma": _GAMMAS,
     "gammas": _GAMMAS,
     "eps": "`epsilon`",
+    "adam_beta_1": "`beta`",
 }
+
+
+def matches(patterns, path):
+    """Whether regular expressions match a variable's or a layer's path.
+
+    Keras leaves the model's name out of the paths of a model that is loaded. So
+    "^stem/" matches "stem/kernel" and "model/stem/kernel".
+
+    Args:
+        patterns: List of strings, or `None`.
+        path: String.
+
+    Returns:
+        Bool, whether one of them is found in the path, or in what is left of it
+        without its first names.
+    """
+    names = path.split("/")
+    endings = ["/".join(names[start:]) for start in range(len(names))]
+    return any(
+        re.search(pattern, ending)
+        for pattern in patterns or ()
+        for ending in endings
+    )
 
 
 class Hyperparameter:
@@ -178,9 +233,18 @@ class Hyperparameter:
         attributes[self.name] = value
 
 
+_FIXED = (
+    "normalization",
+    "gradient_accumulation_steps",
+    "keep_roots",
+)
+
+
 def _variables_for(name, value):
     """What an argument's value says about the optimizer's variables."""
-    if name in ("normalization", "gradient_accumulation_steps"):
+    if name == "exclude_layers":
+        return value or []
+    if name in _FIXED:
         return value
     return value is None if name == "rms_decay" else None
 
@@ -260,11 +324,12 @@ def _is_model_or_parameters(value):
     return False
 
 
-def check_names(unknown):
+def check_names(unknown, optimizer):
     """Refuse keyword arguments that there are none of.
 
     Args:
         unknown: Dict of what the constructor was given besides its arguments.
+        optimizer: The class.
 
     Raises:
         ValueError: There is one that Keras doesn't know either. The error says
@@ -274,7 +339,8 @@ def check_names(unknown):
     unknown = {name: v for name, v in unknown.items() if name != "decay"}
     if not unknown:
         return
-    suggested = {name: _meant(name) for name in unknown}
+    known = _arguments_of(optimizer)
+    suggested = {name: _meant(name, known) for name in unknown}
     suggested = {name: meant for name, meant in suggested.items() if meant}
     if len(unknown) == 1:
         hint = "".join(f". Did you mean {m}?" for m in suggested.values())
@@ -286,10 +352,20 @@ def check_names(unknown):
     raise ValueError(f"Argument(s) not recognized: {unknown}{hint}")
 
 
-def _meant(name):
+def _arguments_of(optimizer):
+    """Set of the names of a class' arguments, those of its bases included."""
+    return {
+        name
+        for cls in optimizer.__mro__
+        if "__init__" in vars(cls)
+        for name in inspect.signature(cls.__init__).parameters
+        if name in RULES or name in _WITHOUT_RULE
+    }
+
+
+def _meant(name, known):
     """What a name that isn't an argument's stands for, or `None`."""
     if name.lower() in _OTHER_NAMES:
         return _OTHER_NAMES[name.lower()]
-    known = [*RULES, *_WITHOUT_RULE]
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
     return f"`{close[0]}`" if close else None

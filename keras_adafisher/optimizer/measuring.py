@@ -1,0 +1,281 @@
+"""When the factors are measured, and what is done with a measurement."""
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable
+from collections.abc import Sequence
+
+import keras
+from keras import ops
+
+from keras_adafisher import backend
+from keras_adafisher import steps
+from keras_adafisher.aliases import Tensor
+from keras_adafisher.optimizer.update_rms import are_measured
+from keras_adafisher.probe import Probe
+from keras_adafisher.probe import probes_at
+
+
+class Measuring:
+    """The part of `AdaFisher` that takes in what the probes answer."""
+
+    def measures_factors(self) -> bool | Tensor:
+        """Whether the factors are measured at the step that comes next.
+
+        Returns:
+            Bool or boolean tensor.
+        """
+        return self._is_measuring(backend.step_number(self._iterations))
+
+    def measures_anything(self) -> bool | Tensor:
+        """Whether anything is measured at the step that comes next.
+
+        The factors or, with `rms_decay`, the size of the steps.
+
+        Returns:
+            Bool or boolean tensor.
+        """
+        step = backend.step_number(self._iterations)
+        has_roots = self._orthogonal is not None and self._orthogonal.roots
+        if self._mean_squares is None and not has_roots:
+            return self._is_measuring(step)
+        return self._measures_steps(self._updates_before(step))
+
+    def leave(self, probes: Iterable[Probe]) -> None:
+        """Ask some probes for nothing more: another optimizer has come.
+
+        Args:
+            probes: List of `Probe`s.
+        """
+        for probe in probes:
+            probe.optimizers.discard(self)
+
+    def check_that_layers_are_wrapped(self) -> None:
+        """Raise a `ValueError` if `unwrap` has taken the wrappers off.
+
+        Then nothing would be measured any more, and the factors would stay.
+        """
+        if not self.built:
+            return
+        lost = [
+            curvature.block.parameters[0].path
+            for curvature in self._curvatures
+            if curvature.probe not in probes_at(curvature.block.parameters[0])
+        ]
+        if lost:
+            raise ValueError(
+                f"Optimizer '{self.name}' measures for {', '.join(lost)}, but "
+                "the layers aren't wrapped any more. Call `model.compile` with "
+                "a new optimizer before you train on."
+            )
+
+    def set_loss_scale(self, variable: keras.Variable) -> None:
+        """Say by what the loss is multiplied, beside `loss_scale_factor`.
+
+        A `LossScaleOptimizer` does so when it is built.
+
+        Args:
+            variable: `keras.Variable`.
+        """
+        # A reference, which Keras doesn't take for a variable of this one's.
+        self._loss_scale = weakref.ref(variable)
+
+    def records_of(self, probe: Probe) -> tuple[float, float, bool] | None:
+        """What has become of a block's measurements.
+
+        Args:
+            probe: The block's `Probe`.
+
+        Returns:
+            Tuple of two floats, how many the factors have taken in and how many
+            they have dropped, and of a bool, whether the last one was an
+            estimate from the weight's gradient. `None` if the optimizer has no
+            factors of the block.
+        """
+        for number, curvature in enumerate(self._curvatures):
+            if curvature.probe is probe:
+                records = ops.convert_to_numpy(self._factors.records)
+                taken, dropped = records.reshape(2, -1)[:, number]
+                return float(taken), float(dropped), curvature.is_estimated
+        return None
+
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
+        """Set the final value of model's trainable variables.
+
+        `fit` calls it at its end. It warns if there are layers of which no
+        measurement could be used.
+
+        Args:
+            var_list: list of model variables.
+        """
+        super().finalize_variable_values(var_list)
+        # After an error, variables may have no values on JAX.
+        has_failed = sys.exc_info()[0] is not None
+        if has_failed or not self.built or not self._curvatures:
+            return
+        records = ops.convert_to_numpy(self._factors.records).reshape(2, -1)
+        unusable = [
+            curvature.block.parameters[0].path
+            for curvature, (taken, dropped) in zip(
+                self._curvatures, records.T, strict=True
+            )
+            if dropped > taken
+        ]
+        if unusable and not self._has_warned_of_dropped:
+            self._has_warned_of_dropped = True
+            warnings.warn(
+                "AdaFisher has dropped most of what it measured for "
+                f"{', '.join(unusable)}, since it isn't finite or is negative, "
+                "which a mean square can't be. Either the loss isn't finite, "
+                "or something changes gradients before the optimizer gets "
+                "them: noise, for instance. Leave out the last of them then, "
+                "those of variables with `overwrite_with_gradient`.",
+                stacklevel=2,
+            )
+
+    def _updates_before(self, step):
+        return step // (self.gradient_accumulation_steps or 1)
+
+    def _is_measuring(self, step):
+        """Whether the factors are measured at a step, counted from 0."""
+        if self.factor_update_steps == 1:
+            return True
+        return self._updates_before(step) % self.factor_update_steps == 0
+
+    def _measures_steps(self, update):
+        """Whether mean squares are measured, and kept roots made anew."""
+        return are_measured(update, self.factor_update_steps)
+
+    def _update_factors(self, answers, step):
+        """Take in what the probes answered.
+
+        Args:
+            answers: Dict from the id of a probe's variable to its gradient.
+            step: The number of this step, counted from 0.
+        """
+        measuring = self._update.is_measuring
+        if measuring is False:
+            return
+        found = self._answers_by_probe(answers)
+        probes = [c.probe for c in self._curvatures if id(c.probe) in found]
+        count = self.gradient_accumulation_steps or 1
+        if count == 1 or backend.is_traced(step) or step % count == 0:
+            self._measured = set()
+        # By all steps of an update so far.
+        self._measured |= {
+            curvature.key
+            for curvature in self._curvatures
+            if id(curvature.probe) in found
+        }
+        # Without an answer for any use of a weight, its gradient has to do.
+        self._update.unmeasured = {
+            id(curvature)
+            for curvature in self._curvatures
+            if curvature.key not in self._measured
+        }
+        for curvature in self._curvatures:
+            if id(curvature) not in self._update.unmeasured:
+                curvature.is_estimated = False
+        self._warn_of_missing_answers()
+        if not probes:
+            return
+
+        # All in one list, so that they can travel together.
+        sums = backend.sum_over_replicas(
+            probes, [found[id(probe)] for probe in probes], measuring
+        )
+        answered = dict(zip(map(id, probes), sums, strict=True))
+        factors = self._factors
+
+        # The scale of the loss is the scale of `s`.
+        scale = self._loss_scale_now() * count
+
+        def taken_in(total):
+            return factors.taken_in(
+                total, scale, self.epsilon, self.gamma_1, self.gamma_2
+            )
+
+        def new_values():
+            total = factors.join(answered)
+            if count == 1:
+                return taken_in(total)
+            is_last = (step + 1) % count == 0
+            total, rest = factors.add(total, is_last)
+            values = backend.cond(
+                is_last,
+                lambda: taken_in(total),
+                lambda: list(map(ops.convert_to_tensor, factors.variables[:2])),
+            )
+            return [*values, rest]
+
+        self._assign_if(measuring, factors.variables, new_values)
+
+    def _answers_by_probe(self, answers):
+        """Dict from the id of each probe that has answered to its answer."""
+        step = steps.current()
+        found = {}
+        for curvature in self._curvatures:
+            probe = curvature.probe
+            answer = backend.answer_of(probe, answers)
+            # JAX has a gradient, of zeros, for what isn't used too.
+            if step is not None and id(probe) not in step.answering:
+                answer = None
+            if answer is not None:
+                found[id(probe)] = answer
+        return found
+
+    def _warn_of_missing_answers(self):
+        """Warn once if no layer has reported what should have been seen."""
+        seen = [c for c in self._curvatures if c.probe.is_seen]
+        if self._has_warned or not seen:
+            return
+        if all(id(curvature) in self._update.unmeasured for curvature in seen):
+            self._has_warned = True
+            warnings.warn(
+                "AdaFisher is at a step at which it measures its Kronecker "
+                "factors, but no layer has reported anything. It estimates "
+                "them from the weights' gradients. " + backend.HOW_TO_MEASURE,
+                stacklevel=4,
+            )
+
+    def _loss_scale_now(self):
+        """What the loss is multiplied by: a float or, if it varies, a tensor.
+
+        Without `epsilon`, the normalization of the factors undoes it, and a
+        scale that varies isn't read.
+        """
+        variable = self._loss_scale()
+        if variable is None or not self.epsilon:
+            return float(self.loss_scale_factor or 1)
+        step = steps.current()
+        if step is None:
+            return ops.convert_to_tensor(variable)
+        return step.value_of(variable)
+
+    def _assign_if(self, condition, variables, new_values):
+        """Set variables to what a function returns, or leave them."""
+        if condition is False or steps.mode() == "plain":
+            return
+
+        def laid_out(values):
+            return list(map(backend.keep_layout, values, variables))
+
+        if steps.mode() == "measure" or condition is True:
+            # If there is a condition, it is around the whole step already.
+            values = new_values()
+            if condition is not True:
+                values = [
+                    ops.where(condition, value, ops.convert_to_tensor(variable))
+                    for variable, value in zip(variables, values, strict=True)
+                ]
+        else:
+            values = backend.cond(
+                condition,
+                lambda: laid_out(new_values()),
+                lambda: laid_out(map(ops.convert_to_tensor, variables)),
+            )
+        for variable, value in zip(variables, laid_out(values), strict=True):
+            self.assign(variable, value)

@@ -1,0 +1,95 @@
+"""The update rules as pure functions of tensors, one parameter at a time.
+
+With the gradient `g`, the Fisher diagonal `F = H * S + damping` and the
+learning rate `lr`, all element by element:
+
+    as published        m <- beta m + (1 - beta) g
+                        theta <- theta - lr * c m / F
+
+    scaled, bounded     v <- decay v + (1 - decay) mean((g / F)²)
+                        theta <- theta - lr * clip(c m / F / sqrt(v), -1, 1)
+
+    without factors     v <- beta_2 v + (1 - beta_2) g²
+    (AdamW)             theta <- theta - lr * c m / (sqrt(v) + epsilon)
+
+where `c` corrects `m`, and `v`, for having started at zero, and `m` may be
+Nesterov's. The steps of `AdaFisherMuon` are in `orthogonalization.py`; what
+PyTorch does for lists of parameters is in `backend/torch_update.py`.
+
+Nothing in this file knows about layers, variables or backends.
+"""
+
+from keras import ops
+
+
+def momentum(average, gradient, beta):
+    """`m <- beta m + (1 - beta) g`.
+
+    Args:
+        average: Tensor, the momentum so far.
+        gradient: Tensor like it.
+        beta: Float.
+
+    Returns:
+        The new momentum. Called once more with it and the same gradient, this
+        function gives Nesterov's: the momentum as the next step would have it.
+    """
+    return average + (gradient - average) * (1 - beta)
+
+
+def momentum_correction(beta, step, nesterov):
+    """What a momentum is multiplied by, since it started at zero.
+
+    Args:
+        beta: Float.
+        step: Number of this update, counted from 1.
+        nesterov: Bool, whether the momentum is Nesterov's.
+
+    Returns:
+        `1 / (1 - beta^step)`, with Nesterov's momentum
+        `1 / (1 - beta^(step + 1))`.
+    """
+    weight = 1 - ops.power(beta, step)
+    if nesterov:
+        weight = 1 - beta * (1 - weight)
+    return 1 / weight
+
+
+def quotient(m, rate, denominator):
+    """A step along `m / F`, or along AdamW's `m / (sqrt(v) + epsilon)`.
+
+    Args:
+        m: Tensor, the momentum.
+        rate: Scalar tensor, at least in single precision: half precision has no
+            room for the learning rate's quotient. The learning rate times all
+            that corrects and scales the step.
+        denominator: Tensor that broadcasts to `m`.
+
+    Returns:
+        Tensor like `m`, what to subtract from the parameter.
+    """
+    return ops.divide(ops.multiply(m, rate), denominator)
+
+
+def bounded(step, learning_rate):
+    """Bound each entry of a step by the learning rate.
+
+    Args:
+        step: Tensor.
+        learning_rate: Scalar tensor.
+
+    Returns:
+        A tensor like `step`. Ours; the bound is Sophia's (arXiv 2305.14342,
+        Section 2.2).
+    """
+    return ops.minimum(ops.maximum(step, -learning_rate), learning_rate)
+
+
+def past_the_largest(step):
+    """The number of a step, a float, also where the counter ran over.
+
+    JAX and PyTorch count in int32. Past the largest one comes the smallest,
+    and a bias correction of a negative step would stop the training. Any large
+    number corrects nothing.
+    """
+    return ops.where(step > 0, step, 2.0**31)
