@@ -33,6 +33,7 @@ from keras_adafisher.backend.common import mean_squares_of_quotients
 from keras_adafisher.backend.common import one
 from keras_adafisher.backend.common import part
 from keras_adafisher.backend.common import pointwise_conv
+from keras_adafisher.backend.common import precise_matmul
 from keras_adafisher.backend.common import request_outside_of_steps
 from keras_adafisher.backend.common import reshape
 from keras_adafisher.backend.common import run_step
@@ -56,6 +57,7 @@ if _keras_backend.backend() == "jax":
     from keras_adafisher.backend.jax import keep_layout
     from keras_adafisher.backend.jax import keep_layout_of
     from keras_adafisher.backend.jax import part
+    from keras_adafisher.backend.jax import precise_matmul
     from keras_adafisher.backend.jax import run_step
     from keras_adafisher.backend.jax import sum_min_max
     from keras_adafisher.backend.jax import take
@@ -90,6 +92,7 @@ elif _keras_backend.backend() == "torch":
     from keras_adafisher.backend.torch import make_probe_tensor
     from keras_adafisher.backend.torch import mean_square
     from keras_adafisher.backend.torch import one
+    from keras_adafisher.backend.torch import precise_matmul
     from keras_adafisher.backend.torch import request_outside_of_steps
     from keras_adafisher.backend.torch import reshape
     from keras_adafisher.backend.torch import stack
@@ -130,6 +133,7 @@ __all__ = [
     "one",
     "part",
     "pointwise_conv",
+    "precise_matmul",
     "request_outside_of_steps",
     "reshape",
     "run_step",

@@ -336,6 +336,11 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
     )
 
 
+def precise_matmul(x, y):
+    """A product of float32 matrices that isn't rounded to fewer digits."""
+    return ops.matmul(x, y)
+
+
 def reshape(x, shape):
     """`keras.ops.reshape`, of what isn't symbolic."""
     return x if tuple(x.shape) == tuple(shape) else ops.reshape(x, shape)

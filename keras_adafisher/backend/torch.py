@@ -389,6 +389,12 @@ def stack(scalars):
     return torch.stack(scalars)
 
 
+def precise_matmul(x, y):
+    # Of stacks of matrices, without the views that `torch.matmul` makes. Its
+    # default precision on a GPU is the full one.
+    return torch.bmm(x, y) if x.ndim == y.ndim == 3 else torch.matmul(x, y)
+
+
 def take(x, indices):
     # Keras' own looks for negative indices.
     return x[indices]

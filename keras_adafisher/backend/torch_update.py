@@ -68,7 +68,7 @@ class Updater:
             roots = None
             if self._mean_squares is not None:
                 roots = self._mean_squares.roots(
-                    self._update_now, self.adam_epsilon
+                    self._update.number, self.adam_epsilon
                 )
                 roots = (roots / self._correction()).unbind()
             if _can_be_read(learning_rate):
@@ -83,20 +83,34 @@ class Updater:
                 index = self._get_variable_index(variable)
                 value = variable.value
                 is_factored = bool(self._fishers[index])
+                if index in self._update.directions:
+                    is_factored = None
                 groups[is_factored, value.dtype, value.device].append(
                     (index, value, gradient)
                 )
             for (is_factored, *_, device), group in groups.items():
                 for batch in _batches(group, device):
+                    if is_factored is None:
+                        self._move_batch(*batch, learning_rate)
+                        continue
                     self._update_batch(
                         is_factored, *batch, learning_rate, roots
                     )
 
+    def _move_batch(self, indices, values, gradients, learning_rate):
+        """Move along the directions that are computed already."""
+        self._advance_momentums(indices, gradients)
+        steps = [self._update.directions[index] for index in indices]
+        if isinstance(learning_rate, torch.Tensor):
+            learning_rate = learning_rate.to(values[0].device)
+        steps = torch._foreach_mul(steps, learning_rate)
+        steps = [step.to(values[0].dtype) for step in steps]
+        torch._foreach_sub_(values, steps)
+
     def _update_batch(
         self, is_factored, indices, values, gradients, learning_rate, roots
     ):
-        momentums = [self._momentums[index].value for index in indices]
-        torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
+        momentums = self._advance_momentums(indices, gradients)
         size = self._correction()
         if not is_factored:
             velocities = [self._velocities[index].value for index in indices]
@@ -133,10 +147,16 @@ class Updater:
             else:
                 _step(value, momentum, denominator, learning_rate, size)
 
+    def _advance_momentums(self, indices, gradients):
+        momentums = [self._momentums[index].value for index in indices]
+        torch._foreach_lerp_(momentums, gradients, 1 - self.beta)
+        return momentums
+
     def _step_now(self):
         """The number of this update, counted from 1."""
         # Once the counter, an int32, has run over, nothing is to be corrected.
-        return self._update_now + 1 if self._update_now >= 0 else 2**31
+        update = self._update.number
+        return update + 1 if update >= 0 else 2**31
 
     def _correction(self):
         """What the momentum is multiplied by, as an average from zero on."""
