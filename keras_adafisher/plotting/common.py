@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+from contextlib import AbstractContextManager
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,7 @@ from matplotlib.ticker import LogLocator
 from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import NullFormatter
 
-from keras_adafisher.arguments import is_integer
+from keras_adafisher.optimizer.arguments import is_integer
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
@@ -23,7 +25,7 @@ _COLUMN_WIDTHS = {1: 3.35, 2: 6.95}
 _page_width = contextvars.ContextVar("page_width", default=None)
 
 
-def paper_style(columns=1):
+def paper_style(columns: Literal[1, 2] = 1) -> AbstractContextManager[None]:
     """Context in which figures fit a page that has two columns.
 
     ```python

@@ -1,6 +1,8 @@
 """Pictures of what callbacks recorded while a model trained."""
 
+import keras
 import numpy as np
+from matplotlib.figure import Figure
 
 from keras_adafisher.callbacks import DistributionHistory
 from keras_adafisher.callbacks import QUANTILES
@@ -22,7 +24,11 @@ _LABELS = {
 }
 
 
-def plot_histograms(*histories, parameter, quantity=None):
+def plot_histograms(
+    *histories: DistributionHistory,
+    parameter: keras.Variable | str,
+    quantity: str | None = None,
+) -> Figure:
     """Histograms of one parameter over training, side by side.
 
     ```python
@@ -96,7 +102,12 @@ def plot_histograms(*histories, parameter, quantity=None):
     return figure
 
 
-def plot_bars(*histories, parameter, quantity=None, moments=3):
+def plot_bars(
+    *histories: DistributionHistory,
+    parameter: keras.Variable | str,
+    quantity: str | None = None,
+    moments: int = 3,
+) -> Figure:
     """Bar charts of one parameter's histogram at some moments of training.
 
     ```python

@@ -3,10 +3,13 @@
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from keras_adafisher import analysis
+from keras_adafisher.analysis.full_factors import check_kronecker_factors
 from keras_adafisher.plotting.common import COLORS
 from keras_adafisher.plotting.common import integer_ticks
 from keras_adafisher.plotting.common import panels
@@ -19,7 +22,9 @@ MANY = 60
 _RESOLUTION = (61, 241)
 
 
-def plot_gershgorin(factor, title="", noise=0.1, seed=0):
+def plot_gershgorin(
+    factor: ArrayLike, title: str = "", noise: float = 0.1, seed: int | None = 0
+) -> Figure:
     """Gershgorin's disks of a factor, and its eigenvalues.
 
     The disks are drawn in the complex plane, with the eigenvalues, which are
@@ -186,7 +191,9 @@ def _rgb(color):
     return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
 
 
-def plot_spectrum(factor, noise=0.1, seed=0, title=""):
+def plot_spectrum(
+    factor: ArrayLike, noise: float = 0.1, seed: int | None = 0, title: str = ""
+) -> Figure:
     """Eigenvalues of a factor, and of one with noise off the diagonal.
 
     Args:
@@ -241,7 +248,7 @@ def plot_spectrum(factor, noise=0.1, seed=0, title=""):
     return figure
 
 
-def plot_factors(factors):
+def plot_factors(factors: analysis.KroneckerFactors) -> Figure:
     """Heat maps of a layer's two factors, and their Fourier spectra.
 
     Args:
@@ -255,7 +262,7 @@ def plot_factors(factors):
     Raises:
         TypeError: `factors` is anything else.
     """
-    analysis.check_kronecker_factors("factors", factors)
+    check_kronecker_factors("factors", factors)
     figure, axes_of = panels(2, 2, height=7.8)
     matrices = (
         ("H", "inputs", factors.activation),

@@ -1,10 +1,19 @@
 """Ways of optimizers: over a loss of two parameters, and through a network."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
+from matplotlib.figure import Figure
 
-from keras_adafisher import analysis
+from keras_adafisher.aliases import Tensor
+from keras_adafisher.analysis.losses import as_it_was
+from keras_adafisher.analysis.losses import loss_evaluator
+from keras_adafisher.integration.wrapping import layers_in
 from keras_adafisher.plotting.common import check_count
 from keras_adafisher.plotting.common import check_named
 from keras_adafisher.plotting.common import check_numbers
@@ -13,18 +22,17 @@ from keras_adafisher.plotting.surfaces import draw
 from keras_adafisher.plotting.surfaces import extent
 from keras_adafisher.plotting.surfaces import lowest_point
 from keras_adafisher.plotting.surfaces import make_grid
-from keras_adafisher.wrap import layers_in
 
 
 def loss_surface_trajectories(
-    function,
-    optimizers,
-    start,
-    steps=100,
-    limits=None,
-    resolution=80,
-    verbose=1,
-):
+    function: Callable[[Tensor, Tensor], Tensor],
+    optimizers: Mapping[str, keras.optimizers.Optimizer],
+    start: Sequence[float],
+    steps: int = 100,
+    limits: Sequence[Sequence[float]] | None = None,
+    resolution: int = 80,
+    verbose: int = 1,
+) -> Figure:
     """Ways of several optimizers over a loss of two parameters.
 
     ```python
@@ -118,7 +126,7 @@ def loss_surface_trajectories(
         every="step",
         lowest=None
         if optimum is None
-        else (optimum, surface(*np.float32(optimum)), "optimum"),
+        else (optimum, surface(*np.asarray(optimum, "float32")), "optimum"),
     )
 
 
@@ -139,8 +147,14 @@ def _walk(loss, optimizer, start, steps, bar):
 
 
 def weight_trajectories(
-    model, x, y, trajectories, loss=None, resolution=15, verbose=1
-):
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    trajectories: Mapping[str, Sequence[Any]],
+    loss: Any = None,
+    resolution: int = 15,
+    verbose: int = 1,
+) -> Figure:
     """Ways of several optimizers through the weights of a real network.
 
     They are projected on the plane through the centre of all snapshots along
@@ -211,14 +225,14 @@ def weight_trajectories(
         )
     plane = directions[:2]
     shares = 100 * scales[:2] ** 2 / np.sum(scales**2)
-    compute_loss = analysis.loss_evaluator(model, x, y, loss)
+    compute_loss = loss_evaluator(model, x, y, loss)
     trained = [
         w for w, trained in zip(weights, is_trained, strict=True) if trained
     ]
     bar = keras.utils.Progbar(len(everything) + resolution**2, verbose=verbose)
 
     def loss_at(point):
-        with analysis.as_it_was(model):
+        with as_it_was(model):
             _assign(trained, point)
             value = float(ops.convert_to_numpy(compute_loss()))
         bar.add(1)
