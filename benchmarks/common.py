@@ -2,7 +2,7 @@
 
 Each benchmark runs in a process of its own per backend, and writes a JSON file
 as soon as it has a row: a run that was interrupted goes on where it stopped.
-docs/performance.py makes the page from the files.
+tools/report/performance/ makes the page from the files.
 """
 
 import argparse
@@ -28,12 +28,11 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_adafisher  # noqa: E402
-from benchmarks.published import PUBLISHED  # noqa: E402
 
 
 def published(**arguments):
     """An AdaFisher as published, but for some arguments."""
-    return keras_adafisher.AdaFisher(**{**PUBLISHED, **arguments})
+    return keras_adafisher.AdaFisher.as_published(**arguments)
 
 
 OPTIMIZERS = {

@@ -8,7 +8,7 @@ in a tiny form, which tells whether it works and nothing else.
 A process for each model and backend (`gpu_worker.py`) compiles the step of each
 optimizer, all processes side by side. Once all are ready, they take turns with
 the GPU. What they find is in benchmarks/results/gpu/gpu-jax.json and
-gpu-torch.json, and `tools/report/performance_gpu.py` makes
+gpu-torch.json, and `tools/report/performance_gpu/` makes
 docs/performance_gpu.md of it.
 
 This file and the one that makes the page need Python alone. The interpreter

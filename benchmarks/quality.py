@@ -2,87 +2,95 @@
 
     KERAS_BACKEND=jax python benchmarks/quality.py
 
-Four comparisons, each with every optimizer of `RIVALS`:
+For each task and optimizer of `RIVALS`:
 
-- tuned: five learning rates on one seed, the best of them by validation loss
-  with less momentum too, then three fresh seeds of the best. All have the
-  seconds that Adam takes for the task's epochs: who takes longer for a step
-  has fewer of them, and a cosine schedule that is as much shorter.
-- sooner: the same three seeds with schedules that end before that time is over.
-  Who wants a given loss as soon as possible doesn't wait for a long schedule.
-- defaults: the optimizer as it is without arguments, without a schedule.
-- robust: learning rates over four decades and three batch sizes, on the small
-  tasks.
+- rates: learning rates a factor of two apart, with a warm-up and a cosine. They
+  show how sensitive an optimizer is, and are its tuning: the best of them by
+  validation loss is tried with other momentum.
+- steps: fresh seeds of what tuning chose, as many steps for all.
+- time: the same in as much time as AdamW takes. Who takes longer for a step has
+  fewer of them, and a cosine that is as much shorter. It is the same runs where
+  steps take as long, to 3 % or to less than the distance of evaluations. Where
+  they take more than 1.25 times as long, the rate is tuned for it.
+- sooner: schedules that end before that time is over. Who wants a given loss
+  as soon as possible doesn't wait for a long schedule.
+- defaults: the optimizer as it is without arguments and at three times its
+  rate, with a constant rate and with a cosine.
 
-Losses don't depend on what else the machine does. What a step costs next to
-Adam's does; it is the median over rounds in which all optimizers take turns,
-in seconds of the processor.
-docs/quality.py makes the page.
+All optimizers have the same seeds: of the weights, of the order of examples and
+of their augmentation. Losses don't depend on what else the machine does. What a
+step costs next to AdamW's does; it is the median over rounds in which all take
+turns, in seconds of the processor.
+tools/report/quality/ makes the page.
+
+What it takes, in minutes of one core, with `benchmarks/quality_rivals.py`'s
+numbers of rates and seeds:
+
+    task            rates  seeds  sooner  defaults  compiling  all
+    gpt2              5.3    3.3                          2.5   11
+    vit               4.0    2.6     1.2       4.2        1.7   14
+    gpt               3.8    2.5     1.1       3.9        1.5   13
+    cnn               3.5    2.3     1.0       3.6        1.6   12
+    autoencoder       2.7    2.1     0.5       2.1        0.9    8
+    large             0.7    0.5     0.2       0.6        0.8    3
+    mlp               1.3    0.9     0.2       0.9        0.8    4
+    tuning            2.1    1.0     0.6       1.8        0.8    6
+    lstm              1.9    0.9     0.6       1.6        0.9    6
+    four tables       1.0    0.4     0.1       0.4        2.1    4
+    all                                                         81
 """
 
 import concurrent.futures
+import dataclasses
 import functools
+import math
 import statistics
 import subprocess
 import sys
 import time
 
 from benchmarks.common import parse_arguments
-from benchmarks.common import published
 from benchmarks.common import Results
 
 import jax  # isort: skip
-import jax.numpy as jnp  # isort: skip
-import keras  # isort: skip
 import numpy as np  # isort: skip
 
-import keras_adafisher  # isort: skip
+from benchmarks.quality_rivals import COSTLY  # isort: skip
+from benchmarks.quality_rivals import MAIN  # isort: skip
+from benchmarks.quality_rivals import Plan  # isort: skip
+from benchmarks.quality_rivals import PLANS  # isort: skip
+from benchmarks.quality_rivals import RIVALS  # isort: skip
 from benchmarks.quality_tasks import TASKS  # isort: skip
 from benchmarks.training import Trainer  # isort: skip
+import keras  # isort: skip
 
-ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-# From a name to a function that makes the optimizer with its defaults, the
-# five learning rates that it is tuned over, and what it calls its momentum.
-RIVALS = {
-    # Its default has no momentum, which nobody would use it without.
-    "SGD": (
-        functools.partial(keras.optimizers.SGD, momentum=0.9),
-        (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        "momentum",
+REFERENCE = "AdamW"
+FRESH_SEEDS = tuple(range(1, 11))
+TUNING_SEEDS = (0, 100, 200)
+DEFAULTS_SEEDS = (10, 11, 12)
+# Of AdamW's time.
+SHORTER = (0.35, 0.5, 0.7)
+# Times the default learning rate.
+FACTORS = (1, 3)
+# A step takes as long as AdamW's up to this. Above `RETUNED`, the best learning
+# rate for so much fewer steps is another.
+SAME, RETUNED = 0.03, 1.25
+# An optimizer whose step takes so many times as long has the plan `COSTLY`.
+EXPENSIVE = 8
+# Octaves below an optimizer's centre where no learning rate is tried any more,
+# and a sum of losses that no optimizer that trains has.
+LOWEST, EXPLODED = -20, 1e6
+QUICK = ("digits", "cancer", "diabetes")
+# The longest first, so that two processes end at about the same time.
+LENGTHS = {
+    "gpt2": "longest",
+    **dict.fromkeys(("vit", "cnn", "gpt"), "long"),
+    **dict.fromkeys(
+        ("autoencoder", "large", "mlp", "tuning", "lstm"), "middle"
     ),
-    "Adam": (keras.optimizers.Adam, ADAM_RATES, "beta_1"),
-    "AdamW": (keras.optimizers.AdamW, ADAM_RATES, "beta_1"),
-    "Nadam": (keras.optimizers.Nadam, ADAM_RATES, "beta_1"),
-    "Muon": (keras.optimizers.Muon, ADAM_RATES, "momentum"),
-    "Lion": (keras.optimizers.Lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "beta_1"),
-    "ScheduleFreeAdamW": (
-        keras.optimizers.ScheduleFreeAdamW,
-        ADAM_RATES,
-        "beta_1",
-    ),
-    "AdaFisher, as published": (
-        published,
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "beta",
-    ),
-    "AdaFisher": (keras_adafisher.AdaFisher, ADAM_RATES, "beta"),
-    "AdaFisherW": (keras_adafisher.AdaFisherW, ADAM_RATES, "beta"),
+    **dict.fromkeys((*QUICK, "raw"), "short"),
 }
-LESS_MOMENTUM = 0.8
-OURS = ("AdaFisher", "AdaFisherW")
-# It has no use for a schedule: that is what it is for.
-CONSTANT = ("ScheduleFreeAdamW",)
-SEEDS = (1, 2, 3)
-# Of Adam's time.
-SHORTER = (0.5, 0.7)
-SMALL = ("digits", "cancer", "diabetes")
-# So that two processes end at about the same time.
-LARGEST_FIRST = (
-    *("gpt", "vit", "cnn", "autoencoder", "tuning", "lstm", "mlp"),
-    *SMALL,
-)
-ROBUST_RATES = [10.0**x for x in np.arange(-5, 0.01, 0.5)]
-ROBUST_BATCHES = (16, 64, 256)
+ORDER = tuple(LENGTHS)
 
 
 def main():
@@ -92,13 +100,13 @@ def main():
             "benchmarks/quality.py compiles whole training runs with JAX. "
             "Set KERAS_BACKEND=jax."
         )
-    of_level = {"full": TASKS, "quick": SMALL, "tiny": SMALL[-1:]}
+    of_level = {"full": ORDER, "quick": QUICK, "tiny": QUICK[-1:]}
     names = arguments.tasks or of_level[arguments.level]
     if len(names) == 1:
         measure(names[0], arguments)
         return
     # A process for each, and as many at once as there are cores to spare.
-    names = sorted(names, key=LARGEST_FIRST.index)
+    names = sorted(names, key=ORDER.index)
     with concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
         codes = list(
             pool.map(
@@ -115,26 +123,57 @@ def main():
 
 def measure(name, arguments):
     """Add all rows of a task to its file."""
-    level = arguments.level
-    results = Results(f"quality-{name}", arguments)
-    results.add("step", lambda: step_ratios(name))
-    ratios = results.data["rows"]["step"]
-    comparisons = {
-        "tuned": lambda rival: tuned(
-            name, rival, ratios[rival]["median"], level
-        ),
-        "sooner": lambda rival: sooner(
-            name, rival, results.data["rows"][f"tuned: {rival}"]
-        ),
-        "defaults": lambda rival: defaults(name, rival, level),
-    }
-    if name in SMALL:
-        comparisons["robust"] = lambda rival: robust(name, rival, level)
-    for rival in RIVALS:
-        for comparison, rows in comparisons.items():
-            results.add(
-                f"{comparison}: {rival}", functools.partial(rows, rival)
-            )
+    results = Results(f"quality2-{name}", arguments)
+    rows = results.data["rows"]
+    results.add("step", timed(step_ratios, name))
+    for rival in rivals_of(name):
+        program = RIVALS[rival].program or rival
+        ratio = rows["step"][program]["median"]
+        plan = plan_of(name, rival, ratio, arguments.level)
+        own = Contest(name, rival, ratio, plan)
+        results.add(f"rates: {rival}", timed(own.rates))
+        found = rows[f"rates: {rival}"]
+        results.add(f"steps: {rival}", timed(own.steps, found))
+        if RIVALS[rival].effort == "ablation":
+            continue
+        results.add(f"time: {rival}", timed(own.time, found))
+        if plan.sooner and RIVALS[rival].schedule != "constant":
+            found = {**found, **rows[f"time: {rival}"]}
+            results.add(f"sooner: {rival}", timed(own.sooner, found))
+        if plan.defaults:
+            results.add(f"defaults: {rival}", timed(own.defaults))
+
+
+def timed(function, *arguments):
+    """The function for these arguments, with what it took in its result."""
+
+    def row():
+        start, processor = time.time(), time.process_time()
+        found = function(*arguments)
+        found["took"] = short(time.process_time() - processor)
+        found["wall"] = short(time.time() - start)
+        return found
+
+    return row
+
+
+def rivals_of(name):
+    """Those that are measured on a task."""
+    if LENGTHS[name] == "longest":
+        return MAIN
+    return tuple(RIVALS)
+
+
+def plan_of(name, rival, ratio, level):
+    """How much of a rival is measured on a task."""
+    plan = PLANS[LENGTHS[name], RIVALS[rival].effort]
+    if ratio > EXPENSIVE and LENGTHS[name] != "short":
+        plan = COSTLY
+    if level == "quick":
+        plan = Plan(5, 2, 1, 3, 3, 2)
+    if level == "tiny":
+        plan = Plan(2, 0, 1, 1, 1, 1)
+    return plan
 
 
 @functools.cache
@@ -143,144 +182,205 @@ def task_of(name):
 
 
 @functools.cache
-def trainer(name, rival, batch_size=None, momentum=None):
+def trainer(name, program):
     """One for each program: compiling takes longer than most runs."""
-    make, _, argument = RIVALS[rival]
-    if momentum is not None:
-        make = functools.partial(make, **{argument: momentum})
-    return Trainer(task_of(name), make, batch_size)
+    rival = RIVALS[program]
+    return Trainer(task_of(name), rival.make, rival.traced)
 
 
-def schedule_of(rival):
-    return "constant" if rival in CONSTANT else "cosine"
-
-
-def step_ratios(name, rounds=7):
-    """The time of a step next to Adam's, which is in "Adam" in seconds."""
-    times = {rival: [] for rival in RIVALS}
-    states = {}
+def step_ratios(name):
+    """The time of a step next to AdamW's, and that in seconds."""
+    programs = [r for r in rivals_of(name) if RIVALS[r].program is None]
+    times = {program: [] for program in programs}
+    states = {p: trainer(name, p).fresh_state(seed=0) for p in programs}
+    # Where a part is short, starting the program would count more than its
+    # steps.
+    steps = 500 if LENGTHS[name] == "short" else task_of(name).steps
+    rounds = 3 if LENGTHS[name] == "longest" else 7
+    rates = np.full(steps, 1e-5, "float32")
     for turn in range(rounds + 1):
-        for rival in RIVALS:
-            program = trainer(name, rival)
-            # Where an epoch is short, starting the program would count more
-            # than its steps.
-            steps = 500 if name in SMALL else program.steps
-            if turn == 0:
-                states[rival] = program.fresh_state(seed=0)
-            batches = program.batches(seed=turn)
-            order = jnp.asarray([next(batches) for _ in range(steps)])
+        for program in programs:
+            own = trainer(name, program)
+            order = own.next_steps(own.batches(seed=turn), steps)
             start = time.process_time()
-            states[rival] = jax.block_until_ready(
-                program.steps_from(states[rival], order, 1e-5)
+            states[program] = jax.block_until_ready(
+                own.advance(states[program], order, rates)
             )
             # The first turn compiles.
             if turn:
-                times[rival].append((time.process_time() - start) / steps)
-    adam = times["Adam"]
+                times[program].append((time.process_time() - start) / steps)
+    reference = times[REFERENCE]
     rows = {}
-    for rival, values in times.items():
-        ratios = [a / b for a, b in zip(values, adam, strict=True)]
-        rows[rival] = {
+    for program, values in times.items():
+        ratios = [a / b for a, b in zip(values, reference, strict=True)]
+        rows[program] = {
             "median": statistics.median(ratios),
             "low": min(ratios),
             "high": max(ratios),
         }
-    return {**rows, "Adam's seconds": statistics.median(adam)}
+    return {**rows, "seconds": statistics.median(reference)}
 
 
-def tuned(name, rival, ratio, level):
-    """Find the best trial, then train three fresh seeds of it."""
-    task = task_of(name)
-    # In units of the time between two evaluations.
-    parts = max(1, round(task.epochs * task.evaluations / ratio))
-    rates, seeds = RIVALS[rival][1], SEEDS
-    if level == "tiny":
-        rates, seeds, parts = rates[1:3], SEEDS[:1], min(parts, 2)
+@dataclasses.dataclass
+class Contest:
+    """One rival on one task.
 
-    def run(trial, seed):
-        rate, momentum = trial
-        return trainer(name, rival, momentum=momentum).run(
-            rate, seed, parts, schedule_of(rival)
+    Attributes:
+        name: String, the task's.
+        rival: String.
+        ratio: Float, the time of a step next to AdamW's.
+        plan: `Plan`.
+    """
+
+    name: str
+    rival: str
+    ratio: float
+    plan: Plan
+
+    def run(self, rate, seed, parts=None, momentum=None, **changes):
+        """One training run of what is tuned."""
+        rival = RIVALS[self.rival]
+        settings = dict(rival.tuned)
+        if momentum is not None:
+            settings[rival.momentum] = momentum
+        return trainer(self.name, rival.program or self.rival).run(
+            rate,
+            seed,
+            parts,
+            **{"schedule": rival.schedule, **settings, **changes},
         )
 
-    # `None`: the default.
-    trials = {(rate, None): run((rate, None), 0).lowest for rate in rates}
-    rate, _ = min(trials, key=trials.get)
-    trials[rate, LESS_MOMENTUM] = run((rate, LESS_MOMENTUM), 0).lowest
-    best = min(trials, key=trials.get)
-    return {
-        "learning_rate": best[0],
-        "momentum": best[1],
-        "trials": [[*trial, loss] for trial, loss in trials.items()],
-        "parts": parts,
-        "steps": trainer(name, rival).steps,
-        "runs": [as_row(run(best, seed)) for seed in seeds],
-    }
+    def rates(self, parts=None):
+        """Losses over learning rates, and the best of them."""
+
+        def losses(rate, momentum=None):
+            return [
+                short(self.run(rate, seed, parts, momentum).lowest)
+                for seed in TUNING_SEEDS[: self.plan.tuning]
+            ]
+
+        rival = RIVALS[self.rival]
+        found = widened(
+            lambda octave: losses(rival.centre * 2.0**octave), self.plan
+        )
+        best = min(found, key=lambda octave: total(found, octave))
+        rate = rival.centre * 2.0**best
+        # `None`: the default.
+        trials = {None: found[best]}
+        trials |= {value: losses(rate, value) for value in rival.others}
+        return {
+            "rates": [
+                [short(rival.centre * 2.0**octave), found[octave]]
+                for octave in sorted(found)
+            ],
+            "momentums": [[value, trials[value]] for value in trials],
+            "learning_rate": rate,
+            "momentum": min(trials, key=lambda value: sum(trials[value])),
+        }
+
+    def steps(self, found):
+        """Fresh seeds of what tuning found."""
+        return {"runs": self.fresh(found, None)}
+
+    def fresh(self, found, parts):
+        return [
+            as_row(
+                self.run(found["learning_rate"], seed, parts, found["momentum"])
+            )
+            for seed in FRESH_SEEDS[: self.plan.seeds]
+        ]
+
+    def time(self, found):
+        """The same in AdamW's time."""
+        whole = task_of(self.name).parts
+        parts = max(1, round(whole / self.ratio))
+        if abs(self.ratio - 1) <= SAME or parts == whole:
+            return {"parts": whole, "same": True}
+        tuned = {}
+        if self.ratio > RETUNED:
+            tuned = self.rates(parts)
+            found = tuned
+        return {
+            **tuned,
+            "parts": parts,
+            "same": False,
+            "runs": self.fresh(found, parts),
+        }
+
+    def sooner(self, found):
+        """What `time` has trained, in shorter times."""
+        return {
+            f"{share:g}": [
+                [
+                    short(loss)
+                    for loss in self.run(
+                        found["learning_rate"],
+                        seed,
+                        max(1, round(share * found["parts"])),
+                        found["momentum"],
+                    ).validation
+                ]
+                for seed in FRESH_SEEDS[: self.plan.sooner]
+            ]
+            for share in SHORTER
+        }
+
+    def defaults(self):
+        """What the constructor gives, and three times its rate."""
+        rival = RIVALS[self.rival]
+        optimizer = rival.make()
+        rate = float(optimizer.learning_rate)
+        settings = {
+            name: float(getattr(optimizer, name) or 0) for name in rival.traced
+        }
+        schedules = {"constant", rival.schedule}
+        return {"learning_rate": rate} | {
+            f"{schedule}, {factor}": [
+                as_row(
+                    self.run(factor * rate, seed, schedule=schedule, **settings)
+                )
+                for seed in DEFAULTS_SEEDS[: self.plan.defaults]
+            ]
+            for schedule in sorted(schedules)
+            for factor in FACTORS
+        }
 
 
-def sooner(name, rival, found):
-    """Train the trial that `tuned` has found in shorter times.
+def widened(losses, plan):
+    """Try learning rates until both ends are worse than the best.
+
+    Args:
+        losses: Function of a whole number, of how many octaves a rate is above
+            the centre.
+        plan: `Plan`.
 
     Returns:
-        Dict from the share of Adam's time to a list of the seeds' validation
-        losses.
+        Dict from octaves to what `losses` gave.
     """
-    schedule = schedule_of(rival)
-    if schedule == "constant":
-        # The longest run has all of them in it.
-        return {}
-    program = trainer(name, rival, momentum=found["momentum"])
-    return {
-        f"{share:g}": [
-            [
-                short(loss)
-                for loss in program.run(
-                    found["learning_rate"],
-                    seed,
-                    max(1, round(share * found["parts"])),
-                    schedule,
-                ).validation
-            ]
-            for seed in SEEDS[: len(found["runs"])]
-        ]
-        for share in SHORTER
-    }
+    low = -(plan.rates // 2)
+    high = low + plan.rates - 1
+    found = {octave: losses(octave) for octave in range(low, high + 1)}
+    # Where all rates are too high, it goes down until one isn't.
+    while total(found, low) == math.inf and low > LOWEST:
+        if any(total(found, octave) < math.inf for octave in found):
+            break
+        low -= 1
+        found[low] = losses(low)
+    for _ in range(plan.more):
+        best = min(total(found, octave) for octave in found)
+        ends = {low - 1: total(found, low), high + 1: total(found, high)}
+        octave = min(ends, key=ends.get)
+        if not ends[octave] <= 1.05 * best:
+            break
+        found[octave] = losses(octave)
+        low, high = min(low, octave), max(high, octave)
+    return found
 
 
-def defaults(name, rival, level):
-    """Train with what the constructor gives, at a constant rate."""
-    program = trainer(name, rival)
-    seeds = range(10, 20 if rival in OURS else 13)
-    if level == "tiny":
-        seeds = (10,)
-    rate = float(program.optimizer.learning_rate)
-    return {
-        "learning_rate": rate,
-        "runs": [
-            as_row(program.run(rate, seed, schedule="constant"))
-            for seed in seeds
-        ],
-    }
-
-
-def robust(name, rival, level):
-    """The lowest validation loss for each batch size, rate and seed."""
-    rates, batches, seeds = ROBUST_RATES, ROBUST_BATCHES, (20, 21, 22)
-    if level == "tiny":
-        # The program that `defaults` has compiled.
-        rates, batches, seeds = ROBUST_RATES[4:6], (None,), (20,)
-    cells = {}
-    for batch in batches:
-        size = () if batch is None else (batch,)
-        program = trainer(name, rival, *size)
-        for rate in rates:
-            runs = [
-                program.run(rate, seed, schedule="constant") for seed in seeds
-            ]
-            cells[f"{program.batch_size}/{rate:.3g}"] = [
-                [short(run.lowest), diverges(run)] for run in runs
-            ]
-    return {"cells": cells}
+def total(found, octave):
+    """The losses of a rate. What has exploded is as good as infinite."""
+    value = sum(found[octave])
+    return value if value < EXPLODED else math.inf
 
 
 def diverges(run):

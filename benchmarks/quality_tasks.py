@@ -56,10 +56,12 @@ class QualityTask:
             random weights.
         train, validation, test: `Split`s.
         batch_size: Integer.
-        epochs: Integer, the length of Adam's run.
-        evaluations: Integer, how often the model is evaluated per epoch.
+        parts: Integer, how often a run is evaluated, at even distances.
+        steps: Integer, how many steps lie between two evaluations. Where data
+            is at its end, it starts over in another order.
         loss: Function of targets and outputs, the mean loss.
         score: "accuracy" or "loss": what counts on the test split.
+        shift: Integer, by how many pixels training images are moved at most.
     """
 
     make_model: object
@@ -67,10 +69,11 @@ class QualityTask:
     validation: Split
     test: Split
     batch_size: int
-    epochs: int
-    evaluations: int = 1
+    parts: int
+    steps: int
     loss: object = cross_entropy
     score: str = "accuracy"
+    shift: int = 0
 
 
 def split(x, y, validation, test, seed=0):
@@ -131,7 +134,32 @@ def mnist_mlp():
         make_model,
         *split(x, y, 1000, 1000),
         batch_size=64,
-        epochs=8,
+        parts=16,
+        steps=23,
+    )
+
+
+def large_batches():
+    """A third of the training images in a batch."""
+    x, y = mnist(14)
+
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((14, 14, 1)),
+                layers.Flatten(),
+                layers.Dense(256, activation="relu"),
+                layers.Dense(128, activation="relu"),
+                layers.Dense(10),
+            ]
+        )
+
+    return QualityTask(
+        make_model,
+        *split(x, y, 1000, 1000),
+        batch_size=1024,
+        parts=10,
+        steps=10,
     )
 
 
@@ -158,7 +186,9 @@ def mnist_cnn():
         lambda: convolutional(10),
         *split(x, y, 1000, 1000),
         batch_size=64,
-        epochs=8,
+        parts=10,
+        steps=24,
+        shift=1,
     )
 
 
@@ -178,7 +208,8 @@ def mnist_vit():
         make_model,
         *split(x, y, 1000, 1000),
         batch_size=64,
-        epochs=10,
+        parts=14,
+        steps=24,
     )
 
 
@@ -202,7 +233,8 @@ def mnist_autoencoder():
         make_model,
         *split(x, x, 1000, 1000),
         batch_size=64,
-        epochs=15,
+        parts=16,
+        steps=30,
         loss=pixel_cross_entropy,
         score="loss",
     )
@@ -225,38 +257,50 @@ def mnist_lstm():
         make_model,
         *split(x[..., 0], y, 1000, 1000),
         batch_size=64,
-        epochs=10,
+        parts=16,
+        steps=24,
     )
 
 
-def character_gpt(length=32, size=48):
+def python_source(pattern, length, count):
+    """Windows of the standard library's source, as numbers of characters."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     text = "".join(
         path.read_text(encoding="utf-8")
-        for path in sorted(folder.glob("[a-d]*.py"))
+        for path in sorted(folder.glob(pattern))
     )
     # Printable ASCII and the newline; all else is one character more.
     codes = np.frombuffer(text.encode("ascii", "replace"), "uint8")
     ids = np.where(codes >= 32, codes - 32, CHARACTERS - 1).astype("int32")
     windows = ids[: len(ids) // (length + 1) * (length + 1)]
     windows = windows.reshape(-1, length + 1)
-    order = np.random.default_rng(0).permutation(len(windows))[:10240]
-    x, y = windows[order, :-1], windows[order, 1:]
+    order = np.random.default_rng(0).permutation(len(windows))[:count]
+    return windows[order, :-1], windows[order, 1:]
 
+
+def character_gpt(
+    pattern="[a-d]*.py", length=32, size=48, depth=2, count=10240, **schedule
+):
     def make_model():
         inputs = keras.Input((length,), dtype="int32")
         h = layers.Embedding(CHARACTERS, size)(inputs)
         h = Positions(length)(h)
-        h = transformer(h, size, depth=2, causal=True)
+        h = transformer(h, size, depth, causal=True)
         return keras.Model(inputs, layers.Dense(CHARACTERS)(h))
 
     return QualityTask(
         make_model,
-        *split(x, y, 320, 320),
+        *split(*python_source(pattern, length, count), 320, 320),
         batch_size=16,
-        epochs=1,
-        evaluations=20,
+        **{"parts": 16, "steps": 28, **schedule},
         score="loss",
+    )
+
+
+def larger_gpt():
+    """628,000 weights."""
+    return character_gpt(
+        "[!t]*.py", length=64, size=128, depth=3, parts=8, steps=28
     )
 
 
@@ -271,9 +315,22 @@ def perceptron(inputs, outputs, size=64):
     )
 
 
-def diabetes():
-    data = sklearn.datasets.load_diabetes()
-    splits = standardized(split(data.data, data.target[:, None], 0.2, 0.2))
+def diabetes(raw=False):
+    """How ill patients are a year later.
+
+    Args:
+        raw: Boolean, whether inputs keep their units, as blood pressure in
+            mmHg next to a logarithm of triglycerides: their means are from 1.5
+            to 190, their deviations from 0.5 to 35. Of the inputs' second
+            moments, the largest eigenvalue is a million times the smallest.
+    """
+    data = sklearn.datasets.load_diabetes(scaled=not raw)
+    splits = split(data.data, data.target[:, None], 0.2, 0.2)
+    if raw:
+        for part in splits:
+            part.x = part.x.astype("float32")
+    else:
+        standardized(splits)
     mean, deviation = splits[0].y.mean(), splits[0].y.std()
     for part in splits:
         part.y = ((part.y - mean) / deviation).astype("float32")
@@ -281,7 +338,8 @@ def diabetes():
         lambda: perceptron(10, 1),
         *splits,
         batch_size=32,
-        epochs=30,
+        parts=20,
+        steps=12,
         loss=squared_error,
         score="loss",
     )
@@ -294,7 +352,8 @@ def breast_cancer():
         lambda: perceptron(30, 2),
         *standardized(split(data.data, y, 0.2, 0.2)),
         batch_size=32,
-        epochs=20,
+        parts=20,
+        steps=10,
     )
 
 
@@ -305,7 +364,8 @@ def digits():
         lambda: perceptron(64, 10),
         *split(x, data.target.astype("int32"), 0.2, 0.2),
         batch_size=32,
-        epochs=20,
+        parts=20,
+        steps=33,
     )
 
 
@@ -342,7 +402,8 @@ def fine_tuning():
         make_model,
         *parts,
         batch_size=32,
-        epochs=10,
+        parts=15,
+        steps=10,
     )
 
 
@@ -357,4 +418,7 @@ TASKS = {
     "cancer": breast_cancer,
     "digits": digits,
     "tuning": fine_tuning,
+    "large": large_batches,
+    "raw": functools.partial(diabetes, raw=True),
+    "gpt2": larger_gpt,
 }

@@ -30,7 +30,6 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import keras_adafisher
-from benchmarks.published import PUBLISHED
 from keras_adafisher.wrappers import DenseBlock
 
 UNITS, BATCH = 64, 32
@@ -80,14 +79,11 @@ def make_model(update, rate, arguments):
         optimizer = keras.optimizers.Adam(rate)
     else:
         # As published but for what the command line says.
-        optimizer = keras_adafisher.AdaFisher(
-            **{
-                **PUBLISHED,
-                "learning_rate": rate,
-                "damping": arguments.damping,
-                "factor_update_steps": arguments.factor_update_steps,
-                "epsilon": 0.0,
-            }
+        optimizer = keras_adafisher.AdaFisher.as_published(
+            learning_rate=rate,
+            damping=arguments.damping,
+            factor_update_steps=arguments.factor_update_steps,
+            epsilon=0.0,
         )
         if arguments.gamma is not None:
             optimizer.gamma_1 = optimizer.gamma_2 = arguments.gamma

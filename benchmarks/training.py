@@ -5,6 +5,7 @@ compared is what the device computes, and a run of a small model takes seconds.
 Keras' stateless API is all that it takes: `stateless_call`, `stateless_apply`.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -40,22 +41,65 @@ def cosine(steps):
     return warm_up * 0.5 * (1 + np.cos(np.pi * numbers / steps))
 
 
+@contextlib.contextmanager
+def attributes(optimizer, values):
+    """Give an optimizer other attributes, as long as it is traced.
+
+    Not by assignment: a value that is traced passes no check.
+    """
+    own = vars(optimizer)
+    before = {name: own[name] for name in values}
+    own.update(values)
+    try:
+        yield
+    finally:
+        own.update(before)
+
+
+def shifted(images, rows, pixels):
+    """Move each image by up to so many pixels, or return them as they are.
+
+    What moves how far follows from the batch's rows alone, so that all
+    optimizers see the same images.
+    """
+    if not pixels:
+        return images
+    place = jnp.arange(1, len(rows) + 1)
+    key = jax.random.fold_in(jax.random.key(0), jnp.sum(rows * place))
+    starts = jax.random.randint(key, (len(rows), 2), 0, 2 * pixels + 1)
+    margin = (pixels, pixels)
+    padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+    return jax.vmap(
+        lambda image, start: jax.lax.dynamic_slice(
+            image, (*start, 0), images.shape[1:]
+        )
+    )(padded, starts)
+
+
 class Trainer:
     """Train one task with one optimizer, at any learning rate and seed.
 
-    All runs share one compiled program: the schedule is an argument of it.
+    All runs share one compiled program: the schedule is an argument of it, and
+    so are the optimizer's settings in `traced`. Compiling takes longer than
+    most runs.
 
     Args:
         task: `QualityTask`.
         make_optimizer: Function without arguments.
-        batch_size: Integer. Defaults to the task's.
+        traced: Names of the optimizer's attributes that a run may change.
+            `None` counts as zero, for a weight decay.
+
+    Attributes:
+        settings: Dict from those names to what the optimizer has.
     """
 
-    def __init__(self, task, make_optimizer, batch_size=None):
+    def __init__(self, task, make_optimizer, traced=()):
         self.task = task
         self.make_optimizer = make_optimizer
-        self.batch_size = batch_size or task.batch_size
         self.model, self.optimizer = self._make(seed=0)
+        self.settings = {
+            name: float(getattr(self.optimizer, name) or 0) for name in traced
+        }
         self._rate = [
             v is self.optimizer.learning_rate for v in self.optimizer.variables
         ].index(True)
@@ -66,10 +110,10 @@ class Trainer:
             (jnp.asarray(part.x), jnp.asarray(part.y))
             for part in (task.train, task.validation, task.test)
         ]
-        # Between two evaluations.
-        self.steps = len(task.train.x) // self.batch_size // task.evaluations
 
-    def run(self, learning_rate, seed, parts=None, schedule="cosine"):
+    def run(
+        self, learning_rate, seed, parts=None, schedule="cosine", **changes
+    ):
         """Train from fresh weights.
 
         Args:
@@ -77,14 +121,15 @@ class Trainer:
             seed: Integer, of the weights and of the order of examples.
             parts: Integer, how often to train for as many steps as lie between
                 two evaluations. The schedule is made for it. Defaults to the
-                task's epochs.
+                task's.
             schedule: "cosine" or "constant".
+            **changes: Settings in place of the optimizer's own.
 
         Returns:
             `Run`.
         """
-        parts = parts or self.task.epochs * self.task.evaluations
-        rates = np.full((parts, self.steps), learning_rate, "float32")
+        parts = parts or self.task.parts
+        rates = np.full((parts, self.task.steps), learning_rate, "float32")
         if schedule == "cosine":
             rates *= cosine(rates.size).reshape(rates.shape)
         state = self.fresh_state(seed)
@@ -92,8 +137,8 @@ class Trainer:
         run = Run([])
         _, validation, test = self._data
         for part in range(parts):
-            order = jnp.asarray([next(batches) for _ in range(self.steps)])
-            state = self._part(state, order, rates[part])
+            order = self.next_steps(batches)
+            state = self.advance(state, order, rates[part], **changes)
             loss = float(self._evaluate(*state[:2], *validation)[0])
             run.validation.append(loss)
             if loss < run.lowest:
@@ -103,10 +148,19 @@ class Trainer:
                 break
         return run
 
+    def advance(self, state, order, rates, **changes):
+        """Train for as many steps as `order` has rows, and get the state."""
+        return self._part(state, order, rates, {**self.settings, **changes})
+
+    def next_steps(self, batches, count=None):
+        """The rows of the next batches, as many as a part has."""
+        count = count or self.task.steps
+        return jnp.asarray([next(batches) for _ in range(count)])
+
     def batches(self, seed):
         """Rows of a batch, for ever."""
         rng = np.random.default_rng(seed)
-        size = self.batch_size
+        size = self.task.batch_size
         while True:
             order = rng.permutation(len(self.task.train.x))
             for start in range(0, len(order) - size + 1, size):
@@ -120,11 +174,6 @@ class Trainer:
             keras_adafisher.wrap(model)
         optimizer.build(model.trainable_variables)
         return model, optimizer
-
-    def steps_from(self, state, order, learning_rate):
-        """Train for as many steps as `order` has rows, and get the state."""
-        rates = np.full(len(order), learning_rate, "float32")
-        return self._part(state, order, rates)
 
     def fresh_state(self, seed):
         """Values of the weights, the other variables and the optimizer's."""
@@ -144,7 +193,7 @@ class Trainer:
             )
         )
 
-    def _run_part(self, state, order, rates):
+    def _run_part(self, state, order, rates, settings):
         x, y = self._data[0]
 
         def loss_of(trainable, other, x, y):
@@ -157,8 +206,9 @@ class Trainer:
         def step(state, now):
             rate, rows = now
             trainable, other, optimizer = state
+            inputs = shifted(x[rows], rows, self.task.shift)
             gradients, other = jax.grad(loss_of, has_aux=True)(
-                trainable, other, x[rows], y[rows]
+                trainable, other, inputs, y[rows]
             )
             optimizer = list(optimizer)
             optimizer[self._rate] = rate
@@ -167,7 +217,8 @@ class Trainer:
             )
             return (list(trainable), list(other), list(optimizer)), None
 
-        return jax.lax.scan(step, state, (rates, order))[0]
+        with attributes(self.optimizer, settings):
+            return jax.lax.scan(step, state, (rates, order))[0]
 
     def _score(self, trainable, other, x, y):
         outputs, _ = self.model.stateless_call(

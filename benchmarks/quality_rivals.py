@@ -1,0 +1,166 @@
+"""The optimizers of the quality benchmark, and how much each is tried.
+
+Ours and those that are close to them are tried most. Of the others, and on the
+tasks that take longest, there are fewer rates and seeds.
+"""
+
+import dataclasses
+import functools
+
+from benchmarks.common import published
+
+import keras  # isort: skip
+
+import keras_adafisher  # isort: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """An optimizer.
+
+    Attributes:
+        make: Function that makes it with its defaults.
+        centre: Float, the learning rate that tuning starts around: where small
+            models of its kind are trained best, as former runs and its authors
+            have it.
+        momentum: Name of the attribute that tuning varies too, and
+        others: the values that it tries next to the default.
+        tuned: Dict from an attribute to its value in comparisons of tuned
+            optimizers. At their defaults, all is as constructors have it.
+        program: The rival that is the same program but for such values.
+        effort: "much", "some" or "little".
+        schedule: "cosine" or "constant".
+    """
+
+    make: object
+    centre: float
+    momentum: str = None
+    others: tuple = ()
+    tuned: dict = dataclasses.field(default_factory=dict)
+    program: str = None
+    effort: str = "much"
+    schedule: str = "cosine"
+
+    @property
+    def traced(self):
+        """What a run may change without compiling the program again."""
+        names = set(self.tuned) | ({self.momentum} if self.momentum else set())
+        return tuple(sorted(names))
+
+
+# As ours have it by default. Nadam and Muon have next to none, and AdamW 0.004.
+DECAY = {"weight_decay": 0.1}
+RIVALS = {
+    "AdaFisherMuon": Rival(
+        keras_adafisher.AdaFisherMuon,
+        4e-2,
+        "beta",
+        (0.95,),
+        {**DECAY, "factor_damping": 1.0},
+    ),
+    "AdaFisherW": Rival(
+        keras_adafisher.AdaFisherW, 1e-2, "beta", (0.8,), DECAY
+    ),
+    "AdamW": Rival(keras.optimizers.AdamW, 1e-2, "beta_1", (0.8,), DECAY),
+    "Nadam": Rival(keras.optimizers.Nadam, 1e-2, "beta_1", (0.8,), DECAY),
+    "Muon": Rival(
+        keras.optimizers.Muon,
+        1e-2,
+        "momentum",
+        (0.9,),
+        {**DECAY, "adam_weight_decay": 0.1},
+    ),
+    "AdaFisher": Rival(
+        keras_adafisher.AdaFisher,
+        1e-2,
+        "beta",
+        (0.8,),
+        {"weight_decay": 0.0},
+        program="AdaFisherW",
+        effort="some",
+    ),
+    "Adam": Rival(
+        keras.optimizers.Adam,
+        1e-2,
+        "beta_1",
+        (0.8,),
+        {"weight_decay": 0.0},
+        program="AdamW",
+        effort="some",
+    ),
+    # Its default has no momentum, which nobody would use it without. No other
+    # value can be traced: Keras looks whether it is zero.
+    "SGD": Rival(
+        functools.partial(keras.optimizers.SGD, momentum=0.9),
+        3e-2,
+        effort="little",
+    ),
+    "Lion": Rival(
+        keras.optimizers.Lion, 1e-3, "beta_1", (0.8,), effort="little"
+    ),
+    # It has no use for a schedule: that is what it is for.
+    "ScheduleFreeAdamW": Rival(
+        keras.optimizers.ScheduleFreeAdamW,
+        1e-2,
+        "beta_1",
+        (0.8,),
+        effort="little",
+        schedule="constant",
+    ),
+    "AdaFisher, as published": Rival(
+        published, 1e-3, "beta", (0.8,), effort="little"
+    ),
+}
+# All factors equal: what orthogonalized steps are without AdaFisher's factors.
+ABLATION = "AdaFisherMuon, not whitened"
+RIVALS[ABLATION] = Rival(
+    keras_adafisher.AdaFisherMuon,
+    4e-2,
+    tuned={**DECAY, "factor_damping": 1e6},
+    program="AdaFisherMuon",
+    effort="ablation",
+)
+MAIN = tuple(name for name, rival in RIVALS.items() if rival.effort == "much")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much of a task and an optimizer is measured.
+
+    Attributes:
+        rates: Integer, how many learning rates are tried at least, a factor of
+            two apart. While the best is at an end, or the last one is still
+            within 5 % of it, there is one more,
+        more: of so many at most.
+        tuning: Integer, how many seeds they are tried on.
+        seeds: Integer, the fresh seeds at the rate that was chosen.
+        sooner: Integer, those with shorter schedules.
+        defaults: Integer, those of each comparison of defaults.
+    """
+
+    rates: int
+    more: int
+    tuning: int
+    seeds: int
+    sooner: int
+    defaults: int
+
+
+# From how long a task takes and the effort.
+PLANS = {
+    ("short", "much"): Plan(11, 4, 3, 10, 10, 3),
+    ("short", "some"): Plan(11, 4, 3, 10, 0, 3),
+    ("short", "little"): Plan(11, 4, 3, 10, 0, 3),
+    ("short", "ablation"): Plan(5, 4, 3, 10, 0, 0),
+    ("middle", "much"): Plan(11, 3, 1, 5, 5, 3),
+    ("middle", "some"): Plan(11, 3, 1, 5, 0, 3),
+    ("middle", "little"): Plan(5, 5, 1, 5, 0, 2),
+    ("middle", "ablation"): Plan(5, 2, 1, 5, 0, 0),
+    ("long", "much"): Plan(5, 5, 1, 5, 3, 3),
+    ("long", "some"): Plan(5, 4, 1, 5, 0, 1),
+    ("long", "little"): Plan(3, 3, 1, 3, 0, 1),
+    ("long", "ablation"): Plan(4, 1, 1, 5, 0, 0),
+    ("longest", "much"): Plan(3, 2, 1, 3, 0, 0),
+}
+# Muon, where its steps take several times as long as all others'.
+COSTLY = Plan(4, 2, 1, 5, 5, 1)
