@@ -4,12 +4,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from benchmarks.published import PUBLISHED
+import keras_adafisher
 from keras_adafisher.probe import probes_of
 
 # The rule alone, whatever the settings: `theta -= learning_rate * m / F`.
 PLAIN = {
-    name: PUBLISHED[name] for name in ("normalization", "nesterov", "rms_decay")
+    name: keras_adafisher.AdaFisher.PUBLISHED[name]
+    for name in ("normalization", "nesterov", "rms_decay")
 }
 
 
@@ -63,6 +64,37 @@ def cross_entropy():
 def probes_in(layer):
     """The probes of what trains in a layer and in all layers inside it."""
     return probes_of(layer.trainable_variables)
+
+
+def factored(model):
+    """The trainable variables of a model that have factors."""
+    rows = keras_adafisher.coverage(model).rows
+    paths = {row.parameter for row in rows if row.factors}
+    return [v for v in model.trainable_variables if v.path in paths]
+
+
+def pairs_of(optimizer, variable):
+    """Arrays `H` and `S` of a variable, for each way that it is used in."""
+    h, s, _ = optimizer.factors(variable)
+    if not isinstance(h, tuple):
+        h, s = (h,), (s,)
+    return [tuple(map(to_numpy, pair)) for pair in zip(h, s, strict=True)]
+
+
+def running_factors(optimizer, variables):
+    """List of all `H` and `S` of some variables, as arrays."""
+    return [
+        factor
+        for variable in variables
+        for pair in pairs_of(optimizer, variable)
+        for factor in pair
+    ]
+
+
+def own_variable(optimizer, name):
+    """An optimizer's variable of some name: "factors", for instance."""
+    (variable,) = (v for v in optimizer.variables if v.name == name)
+    return variable
 
 
 def to_numpy(tensor):

@@ -179,3 +179,78 @@ class AdamW:
         correction = np.sqrt(1 - self.beta_2**self.t)
         correction /= 1 - self.beta_1**self.t
         return correction * self.m / (np.sqrt(self.v) + self.epsilon)
+
+
+def newton_schulz(x, steps=5):
+    """What Muon's iteration makes of a matrix, by its singular values.
+
+    An odd polynomial of a matrix leaves its singular vectors as they are.
+    """
+    u, sigma, vt = np.linalg.svd(np.asarray(x, "float64"), full_matrices=False)
+    norm = np.sqrt(np.sum(sigma**2))
+    sigma = sigma / (norm if norm > 0 else 1)
+    for _ in range(steps):
+        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    return (u * sigma) @ vt
+
+
+def kept_root(x, steps=5, damping=0.01):
+    """The inverse root of the damped Gram matrix of a wide matrix."""
+    values, vectors = np.linalg.eigh(x @ x.T / np.sum(x**2))
+    sigma = np.sqrt(values + damping / len(x))
+    found = sigma
+    for _ in range(steps):
+        found = 3.4445 * found - 4.7750 * found**3 + 2.0315 * found**5
+    return (vectors * (found / sigma)) @ vectors.T
+
+
+def whitening(factor, damping):
+    """`D^(-1/2)`, with the damped factor divided by its mean."""
+    damped = factor + damping
+    return (damped / np.mean(damped)) ** -0.5
+
+
+class OrthogonalMomentum:
+    """The steps of `AdaFisherMuon` for one matrix of inputs by outputs."""
+
+    def __init__(self, shape, beta, damping, nesterov=True, steps=5):
+        self.beta, self.damping, self.nesterov = beta, damping, nesterov
+        self.steps = steps
+        self.m = np.zeros(shape)
+
+    def step(self, gradient, h, s):
+        self.m = self.beta * self.m + (1 - self.beta) * gradient
+        m = self.m
+        if self.nesterov:
+            m = self.beta * m + (1 - self.beta) * gradient
+        h, s = whitening(h, self.damping), whitening(s, self.damping)
+        scales = np.outer(h, s)
+        inputs, outputs = m.shape
+        size = np.sqrt(max(1, outputs / inputs))
+        return size * scales * self.orthogonalized(scales * m)
+
+    def orthogonalized(self, x):
+        return newton_schulz(x, self.steps)
+
+
+class KeptRootMomentum(OrthogonalMomentum):
+    """The same with a root that is kept between refreshes.
+
+    Args:
+        interval: Int. The root is made anew at each of so many first steps,
+            and then at one in so many.
+    """
+
+    def __init__(self, *args, interval=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.interval, self.t = interval, 0
+
+    def orthogonalized(self, x):
+        is_tall = x.shape[0] > x.shape[1]
+        x = x.T if is_tall else x
+        if self.t < self.interval or self.t % self.interval == 0:
+            self.root = kept_root(x, self.steps)
+        self.t += 1
+        step = self.root @ x / np.linalg.norm(x)
+        step *= min(1, np.sqrt(len(x)) / np.linalg.norm(step))
+        return step.T if is_tall else step

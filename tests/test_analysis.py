@@ -213,24 +213,25 @@ def test_diagonals_are_what_adafisher_measures(rng):
     factors = analysis.kronecker_factors(model, x, y)
     model.train_on_batch(x, y)
 
-    curvatures = {
-        c.block.parameters[0].path: c
-        for c in optimizer._curvatures
-        if not isinstance(c.block, keras_adafisher.wrappers.ScaleBlock)
+    blocks = [probe.block for probe in probes_in(model)]
+    weights = {
+        block.weight.path: block.weight
+        for block in blocks
+        if not isinstance(block, keras_adafisher.wrappers.ScaleBlock)
     }
-    assert {f.parameters[0] for f in factors} == set(curvatures)
+    assert {f.parameters[0] for f in factors} == set(weights)
     assert len(factors) == 3
     for one in factors:
-        curvature = curvatures[one.parameters[0]]
+        running = optimizer.factors(weights[one.parameters[0]])
         activation = 0.1 + 0.05 * min_max(np.diag(one.activation))
         np.testing.assert_allclose(
-            to_numpy(curvature.activation).ravel(),
+            to_numpy(running.activation).ravel(),
             activation[: one.bias_index],
             rtol=1e-3,
             err_msg=one.layer,
         )
         np.testing.assert_allclose(
-            to_numpy(curvature.gradient).ravel(),
+            to_numpy(running.gradient).ravel(),
             0.1 + 0.05 * min_max(np.diag(one.gradient)),
             rtol=1e-3,
             atol=1e-4,
@@ -405,6 +406,7 @@ def test_what_kronecker_factors_cannot_use():
         analysis.kronecker_factors(mlp(), x, y)
 
 
+@pytest.mark.once
 def test_gershgorin_disks():
     disks = analysis.gershgorin([[5.0, 1, -1], [2, 3, 2], [0, -4, 9]])
     np.testing.assert_array_equal(disks.centres, [5, 3, 9])
@@ -412,6 +414,7 @@ def test_gershgorin_disks():
     assert disks.dominated_share == pytest.approx(2 / 3)
 
 
+@pytest.mark.once
 def test_spectrum_with_and_without_noise():
     matrix = np.array([[2.0, 1, 0], [1, 2, 0], [0, 0, 5]])
     spectrum = analysis.spectrum(matrix)
@@ -431,6 +434,7 @@ def test_spectrum_with_and_without_noise():
     assert spectrum.perturbed.sum() == pytest.approx(9)
 
 
+@pytest.mark.once
 def test_diagonal_energy():
     assert analysis.diagonal_energy(np.eye(4)) == 1
     assert analysis.diagonal_energy(np.full((5, 5), 1e-30)) == pytest.approx(
@@ -443,6 +447,7 @@ def test_diagonal_energy():
     assert np.isnan(analysis.diagonal_energy(np.zeros((2, 2))))
 
 
+@pytest.mark.once
 def test_table_of_diagonal_energies(rng):
     factors = analysis.KroneckerFactors(
         "dense", ("dense/kernel",), np.eye(3), np.ones((4, 4)), None
@@ -460,6 +465,7 @@ def test_table_of_diagonal_energies(rng):
     ]  # fmt: skip
 
 
+@pytest.mark.once
 def test_fourier_spectrum():
     """A diagonal becomes an anti-diagonal line, equal entries one point."""
     line = analysis.fourier_spectrum(np.eye(4))
@@ -477,6 +483,7 @@ def test_fourier_spectrum():
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "function",
     [
@@ -493,6 +500,7 @@ def test_what_is_no_matrix(function):
         function([[1.0, np.nan], [0.0, 1.0]])
 
 
+@pytest.mark.once
 def test_arguments_of_spectrum():
     with pytest.raises(ValueError, match="`factor` must be a symmetric"):
         analysis.spectrum([[1.0, 2.0], [0.0, 1.0]])

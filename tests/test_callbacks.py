@@ -18,6 +18,7 @@ from processes import run
 import keras_adafisher
 from keras_adafisher import FisherHistory
 from keras_adafisher.callbacks import QUANTILES
+from keras_adafisher.callbacks import records
 from keras_adafisher.callbacks import SecondMomentHistory
 
 RATE = 1e-3
@@ -60,7 +61,7 @@ def test_records_are_those_of_the_fisher_diagonal():
     assert len(history.records) == 2 * 4 * 4
 
     for variable in model.trainable_variables[:4]:
-        fisher = to_numpy(model.optimizer.fisher_diagonal(variable))
+        fisher = to_numpy(model.optimizer.preconditioner(variable))
         record = history.select(variable, "fisher")[-1]
         np.testing.assert_allclose(
             record.quantiles, np.quantile(fisher, QUANTILES), rtol=1e-6
@@ -77,12 +78,14 @@ def test_records_are_those_of_the_fisher_diagonal():
             record.quantiles, np.quantile(RATE / fisher, QUANTILES), rtol=1e-6
         )
     layer = model.layers[0]
-    curvature = model.optimizer._curvatures[0]
+    kernel = model.optimizer.factors(layer.kernel)
+    bias = model.optimizer.factors(layer.bias)
     for variable, quantity, factor in (
-        (layer.kernel, "activation", curvature.activation),
-        (layer.kernel, "gradient", curvature.gradient),
-        (layer.bias, "activation", curvature.one),
-        (layer.bias, "gradient", curvature.gradient),
+        (layer.kernel, "activation", kernel.activation),
+        (layer.kernel, "gradient", kernel.gradient),
+        (layer.bias, "activation", bias.activation),
+        # Both are of the same outputs.
+        (layer.bias, "gradient", kernel.gradient),
     ):
         record = history.select(variable, quantity)[-1]
         factor = to_numpy(factor)
@@ -105,7 +108,7 @@ def test_recording_in_the_middle_of_an_epoch_sees_that_step():
     for step in range(3):
         model.train_on_batch(x[12 * step :][:12], y[12 * step :][:12])
     for variable in model.trainable_variables[:4]:
-        fisher = to_numpy(model.optimizer.fisher_diagonal(variable))
+        fisher = to_numpy(model.optimizer.preconditioner(variable))
         record = history.select(variable, "fisher")[0]
         np.testing.assert_allclose(
             record.quantiles, np.quantile(fisher, QUANTILES), rtol=1e-5
@@ -122,7 +125,8 @@ def test_recording_changes_nothing():
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() == "torch", reason="Keras has no such steps there"
+    keras.backend.backend() == "torch",
+    reason="Keras has no `steps_per_execution` with PyTorch",
 )
 def test_several_steps_per_execution():
     model = mlp()
@@ -187,20 +191,22 @@ def test_weights_with_two_uses_and_those_without_factors():
     ]
 
 
+@pytest.mark.once
 def test_large_parameters_are_sampled(monkeypatch):
-    monkeypatch.setattr(keras_adafisher.callbacks, "SAMPLE", 700)
+    monkeypatch.setattr(records, "SAMPLE", 700)
     rng = np.random.default_rng(0)
     values = np.outer(rng.uniform(size=120), rng.uniform(size=100))
-    record = keras_adafisher.callbacks._summarize(values, 0, 0, "w", "fisher")
+    record = records.summarize(values, 0, 0, "w", "fisher")
     assert 300 < record.counts.sum() <= 702
     exact = np.quantile(values, QUANTILES)
     np.testing.assert_array_equal(record.quantiles[[0, -1]], exact[[0, -1]])
     np.testing.assert_allclose(record.quantiles, exact, atol=0.05)
 
 
+@pytest.mark.once
 def test_parameters_that_are_no_longer_finite():
     values = np.array([1.0, np.nan])
-    record = keras_adafisher.callbacks._summarize(values, 0, 0, "w", "fisher")
+    record = records.summarize(values, 0, 0, "w", "fisher")
     assert np.all(np.isnan(record.quantiles))
     assert record.counts.sum() == 0
 
@@ -273,7 +279,10 @@ def test_second_moment_of_adam():
     fit(model, history)
     assert len(history.records) == 2 * 4 * 2
     kernel = model.layers[0].kernel
-    moment = to_numpy(optimizer._velocities[0]) / (1 - 0.9**8)
+    velocities = [
+        v for v in optimizer.variables if v.path.endswith("_velocity")
+    ]
+    moment = to_numpy(velocities[0]) / (1 - 0.9**8)
     np.testing.assert_allclose(
         history.select(kernel, "second_moment")[-1].quantiles,
         np.quantile(moment, QUANTILES),
@@ -327,6 +336,7 @@ def test_tensorboard_reads_the_histograms(tmp_path):
         np.testing.assert_array_equal(histogram.bucket_limit, record.edges[1:])
 
 
+@pytest.mark.once
 def test_without_tensorboard(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):

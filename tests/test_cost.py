@@ -17,6 +17,10 @@ import keras_adafisher
 from keras_adafisher.wrappers import wrapper_of
 
 BACKEND = keras.backend.backend()
+ANALYZED = pytest.mark.skipif(
+    BACKEND != "jax",
+    reason="TensorFlow and PyTorch have no analysis of a compiled step",
+)
 BATCH = 32
 KERNELS = (1, 3, 5, 7)
 
@@ -162,7 +166,10 @@ def test_one_hot_vectors_are_never_built():
     assert embedding(200) - embedding(100) < 10 * 100
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="The others fuse operations")
+@pytest.mark.skipif(
+    BACKEND != "torch",
+    reason="JAX and TensorFlow fuse the square with its sum; PyTorch doesn't",
+)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_squares_of_large_activations_are_never_all_there(
     name, monkeypatch
@@ -202,7 +209,7 @@ def compiled_cost(optimizer, *layers):
     )
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="XLA's own analysis, by JAX")
+@ANALYZED
 def test_a_compiled_step_builds_no_patches(record_property):
     def cost(optimizer, kernel):
         layer = keras.layers.Conv2D(8, kernel, padding="same")
@@ -230,7 +237,7 @@ def test_a_compiled_step_builds_no_patches(record_property):
         assert grown[2] < 4 * activations
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="XLA's own analysis, by JAX")
+@ANALYZED
 def test_a_compiled_step_keeps_no_activations_for_the_taps(record_property):
     def temporary(optimizer):
         layers = []
@@ -252,7 +259,7 @@ def test_a_compiled_step_keeps_no_activations_for_the_taps(record_property):
     assert adafisher - sgd < 1.5 * BATCH * 16 * 16 * 8 * 4
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="XLA's own analysis, by JAX")
+@ANALYZED
 @pytest.mark.parametrize("rule", [{}, PLAIN], ids=["default", "published"])
 def test_a_compiled_step_copies_no_parameter(rule):
     """Weights and momentum change in place: nothing needs the old ones."""
@@ -269,7 +276,7 @@ def test_a_compiled_step_copies_no_parameter(rule):
     assert "copy" not in made
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="XLA's kernels, by JAX")
+@ANALYZED
 @pytest.mark.parametrize("rule", [{}, PLAIN], ids=["default", "published"])
 def test_few_kernels_are_compiled(rule, record_property):
     """Compiling is most of the first step, and kernels most of compiling."""
@@ -307,7 +314,10 @@ def test_few_kernels_are_compiled(rule, record_property):
     assert adafisher - adam <= 8 * per_width
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="How it makes graphs")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="TensorFlow alone traces Python once more to make variables",
+)
 def test_a_step_is_traced_once(monkeypatch):
     """Twice, if the first trace makes variables."""
     traces = []
@@ -325,7 +335,10 @@ def test_a_step_is_traced_once(monkeypatch):
     assert len(traces) == 1
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="The only one that compiles them")
+@pytest.mark.skipif(
+    BACKEND != "jax",
+    reason="TensorFlow and PyTorch compile nothing outside of a step",
+)
 def test_wrapping_and_building_compile_nothing():
     import jax
 
@@ -349,7 +362,10 @@ def test_wrapping_and_building_compile_nothing():
     assert compiled
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="Others need the tap's shapes")
+@pytest.mark.skipif(
+    BACKEND != "torch",
+    reason="JAX and TensorFlow infer the shapes of statistics too",
+)
 def test_inferring_shapes_measures_nothing(monkeypatch):
     from keras_adafisher.wrappers import DenseBlock
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import reference
 from keras import ops
+from models import probes_in
 from models import to_numpy
 
 import keras_adafisher
-from keras_adafisher.curvature import Factors
+from keras_adafisher.factors.block_factors import FisherDiagonal
+from keras_adafisher.factors.store import FactorStore
 from keras_adafisher.probe import Probe
 from keras_adafisher.wrappers import Block
 
@@ -42,7 +44,7 @@ def probe(block):
 
 
 def make(blocks, normalization="min_max", accumulates=False):
-    """`Factors`, with random values, of some blocks."""
+    """`FactorStore`, with random values, of some blocks."""
 
     def add_variable(shape, layout, **kwargs):
         assert layout is None
@@ -52,7 +54,7 @@ def make(blocks, normalization="min_max", accumulates=False):
             dtype=kwargs.pop("dtype"),
         )
 
-    factors = Factors(
+    factors = FactorStore(
         [probe(block) for block in blocks],
         normalization,
         accumulates,
@@ -319,14 +321,15 @@ def test_rows_of_a_fisher_diagonal(name):
     make_layer, shape = LAYERS[name]
     model = keras.Sequential([keras.Input(shape), make_layer()])
     keras_adafisher.wrap(model)
-    optimizer = keras_adafisher.AdaFisher()
-    optimizer.build(model.trainable_variables)
-    (vector,) = (v for v in optimizer.variables if v.name == "factors")
-    rng = np.random.default_rng(0)
-    vector.assign(rng.uniform(1, 2, vector.shape))
     (layer,) = model.layers
     weight = layer.trainable_variables[0]
-    fisher = optimizer._fishers[optimizer._index_of(weight)]
+    blocks = [found.block for found in probes_in(layer)]
+    factors = make(blocks, normalization="mean")
+    fisher = FisherDiagonal(factors.vector)
+    for curvature in factors.curvatures:
+        for parameter, *term in curvature.terms():
+            if parameter is weight:
+                fisher.add(*term)
     assert fisher.takes_rows
     whole = ops.broadcast_to(fisher(), weight.shape)
     for size in (1, 2):

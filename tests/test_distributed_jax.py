@@ -36,6 +36,14 @@ def test_data_parallel():
     assert result["extra_bytes"] == 4 * numbers
 
 
+def test_orthogonalized_steps():
+    """Kernels and momentums stay split, whatever their matrices are."""
+    result = devices()["orthogonalized"]
+    assert result["difference_DataParallel"] <= 1e-5
+    assert result["difference_ModelParallel"] <= 1e-5
+    assert result["splits"] == ["einsum/kernel", "muon/einsum_kernel_momentum"]
+
+
 @pytest.mark.parametrize("engine", ["DataParallel", "ModelParallel"])
 def test_one_condition_around_the_step(engine):
     """Steps that don't measure have no collective more than SGD's."""

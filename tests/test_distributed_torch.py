@@ -29,6 +29,9 @@ def test_distributed_data_parallel():
     # Factors that are estimated from the gradients.
     assert result["difference_estimated"] <= 2e-6
 
+    # Each process orthogonalizes what all of them have.
+    assert result["difference_orthogonalized"] <= 1e-5
+
     # One transfer for all probes, and none at steps that don't measure: for
     # each weight a number per row, a number per column, and the calls.
     assert result["extra_collectives_measuring"] == 1

@@ -57,8 +57,9 @@ def fit(model, x, y):
 
 
 def kernel_of(layer):
-    is_embedding = isinstance(layer, keras.layers.Embedding)
-    return layer._embeddings if is_embedding else layer._kernel
+    """What LoRA has frozen: the layer's `kernel` is a sum with it."""
+    (kernel,) = layer.non_trainable_variables
+    return kernel
 
 
 def probed_parameters(model):

@@ -11,12 +11,13 @@ from models import assert_same
 from models import cross_entropy
 from models import data
 from models import mlp
+from models import own_variable
+from models import probes_in
 from models import state
 from models import to_numpy
 from models import weights
 
 import keras_adafisher
-from benchmarks.published import PUBLISHED
 
 BACKEND = keras.backend.backend()
 BATCH = 8
@@ -44,12 +45,12 @@ def expected():
 
 
 def tf_dataset(x, y):
-    tf = pytest.importorskip("tensorflow")
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow isn't installed")
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
 
 
 def torch_dataloader(x, y):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch isn't installed")
     dataset = torch.utils.data.TensorDataset(*map(torch.from_numpy, (x, y)))
     return torch.utils.data.DataLoader(dataset, batch_size=BATCH)
 
@@ -85,7 +86,7 @@ def test_sources_of_data(source, expected):
 )
 def test_ways_to_execute(arguments, expected):
     if BACKEND == "torch" and "steps_per_execution" in arguments:
-        pytest.skip("Keras has no such thing with PyTorch")
+        pytest.skip("Keras has no `steps_per_execution` with PyTorch")
     actual = fit(compiled(**arguments), *data(), batch_size=BATCH)
     assert_close(actual, expected, 1e-5)
 
@@ -190,15 +191,15 @@ def test_class_weights_are_sample_weights():
 def test_weights_of_the_samples_enter_s():
     """A sample of weight 0 has `s = 0`, but its `h` counts."""
     x, y = data(examples=4)
-    rule = {**PUBLISHED, "damping": 1e-6, "epsilon": 0.0}
-    model = compiled(adafisher(**rule))
+    rule = {"damping": 1e-6, "epsilon": 0.0}
+    model = compiled(keras_adafisher.AdaFisher.as_published(**rule))
     weight = np.array([1, 1, 0, 0], "float32")
     model.train_on_batch(x, y, sample_weight=weight)
-    plain = compiled(adafisher(**rule))
+    plain = compiled(keras_adafisher.AdaFisher.as_published(**rule))
     plain.train_on_batch(x[:2], y[:2])
 
     def first(model):
-        return model.optimizer._curvatures[0]
+        return model.optimizer.factors(model.layers[0].kernel)
 
     # S up to its scale, which Min–Max normalization removes.
     s, plain_s = (to_numpy(first(m).gradient) for m in (model, plain))
@@ -301,7 +302,7 @@ def test_float64(float64):
     x, y = data()
     actual = fit(model, x.astype("float64"), y, batch_size=BATCH)
     assert {str(w.dtype) for w in weights(model)} == {"float64"}
-    assert model.optimizer._factors.vector.dtype == "float32"
+    assert own_variable(model.optimizer, "factors").dtype == "float32"
     assert all(np.isfinite(array).all() for array in actual)
 
 
@@ -324,9 +325,9 @@ def test_one_of_several_optimizers(is_default):
     assert_same(after[:2], before[:2])
     assert np.abs(after[2] - before[2]).max() > 1e-4
     # Has been measured: all factors start at 1.
-    assert np.ptp(to_numpy(ours.fisher_diagonal(second.kernel))) > 0.1
+    assert np.ptp(to_numpy(ours.preconditioner(second.kernel))) > 0.1
     with pytest.raises(ValueError, match="has Kronecker factors for"):
-        ours.fisher_diagonal(first.kernel)
+        ours.preconditioner(first.kernel)
 
 
 def test_one_of_several_optimizers_has_the_kernels():
@@ -341,8 +342,13 @@ def test_one_of_several_optimizers_has_the_kernels():
         loss=cross_entropy(),
     )
     model.fit(*data(), batch_size=BATCH, verbose=0)
-    assert len(ours._curvatures) == 2
-    assert not any(curvature.is_estimated for curvature in ours._curvatures)
+    probes = probes_in(model)
+    assert len(probes) == 2
+    for probe in probes:
+        taken, dropped, is_estimated = ours.records_of(probe)
+        assert taken > 0
+        assert not dropped
+        assert not is_estimated
 
 
 def test_an_optimizer_for_each_variable():

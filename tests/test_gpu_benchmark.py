@@ -2,17 +2,16 @@
 
 import json
 import math
-import runpy
 
-import keras
 import pytest
 from processes import ROOT
 from processes import run
 
+from tools.report.performance_gpu.page import page
+from tools.report.performance_gpu.results import load
+
 # It starts a process for each backend that it measures, whatever this one's is.
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="the same with each backend"
-)
+pytestmark = pytest.mark.once
 MODELS = {
     "gpt": "GPT",
     "vit": "ViT-S/16",
@@ -27,11 +26,6 @@ OPTIMIZERS = {
     "AdaFisher, every 100",
     "AdaFisher, every step",
 }
-
-
-@pytest.fixture(scope="module")
-def maker():
-    return runpy.run_path(str(ROOT / "tools/report/performance_gpu.py"))
 
 
 def ratio(value):
@@ -72,7 +66,7 @@ def found(backend, default, first):
     }
 
 
-def test_the_page_judges_the_goals(tmp_path, maker):
+def test_the_page_judges_the_goals(tmp_path):
     for backend, data in {
         # Just met, and just missed.
         "jax": found("jax", default=1.0204, first=22.1),
@@ -80,41 +74,41 @@ def test_the_page_judges_the_goals(tmp_path, maker):
     }.items():
         path = tmp_path / f"gpu-{backend}.json"
         path.write_text(json.dumps(data))
-    page = maker["page"](maker["load"](tmp_path))
+    text = page(load(tmp_path))
     step = "A step with the default settings, next to Adam's"
-    assert f"| JAX | {step} | 1.02 | 4 of 4 |" in page
-    assert f"| PyTorch | {step} | 1.03 | 0 of 4 |" in page
+    assert f"| JAX | {step} | 1.02 | 4 of 4 |" in text
+    assert f"| PyTorch | {step} | 1.03 | 0 of 4 |" in text
     first = "The first step with the default settings, next to Adam's"
-    assert f"| JAX | {first} | 2.20 | 0 of 4 |" in page
-    assert "| 1.2.3 | 3.15.1 | 0.1.0 | A card | 2027-01-31 |" in page
+    assert f"| JAX | {first} | 2.20 | 0 of 4 |" in text
+    assert "| 1.2.3 | 3.15.1 | 0.1.0 | A card | 2027-01-31 |" in text
     # In a table of sizes, three of each backend, and one of programs.
     for title in MODELS.values():
-        assert page.count(f"| {title} |") == 1 + 2 * 3 + 1
-    assert "–" not in page
-    assert "Prototypes" not in page
+        assert text.count(f"| {title} |") == 1 + 2 * 3 + 1
+    assert "–" not in text
+    assert "Prototypes" not in text
 
 
-def test_the_page_shows_what_is_not_known(maker):
+def test_the_page_shows_what_is_not_known():
     data = found("jax", default=1.03, first=10.0)
     data["rows"] = {
         "gpt": {"over Adam": {"AdaFisher, default": {"median": 1.03}}}
     }
     data["late"] = ["torch-vit"]
-    page = maker["page"]({"jax": data})
-    assert "| GPT | – | – | – | 1.03, **no** | – | – | – |" in page
-    assert "| PyTorch | A step with `factor_update_steps=1`, next" in page
-    assert page.count("| not measured |") == 6
+    text = page({"jax": data})
+    assert "| GPT | – | – | – | 1.03, **no** | – | – | – |" in text
+    assert "| PyTorch | A step with `factor_update_steps=1`, next" in text
+    assert text.count("| not measured |") == 6
     # First steps, memory and programs.
-    assert page.count("\nNot measured.\n") == 3
-    assert "may be disturbed: torch-vit." in page
+    assert text.count("\nNot measured.\n") == 3
+    assert "may be disturbed: torch-vit." in text
 
 
-def test_the_page_is_that_of_the_results(maker):
+def test_the_page_is_that_of_the_results():
     folder = ROOT / "benchmarks" / "results" / "gpu"
     if not folder.exists():
         pytest.skip("distributions have no results")
     written = (ROOT / "docs" / "performance_gpu.md").read_text(encoding="utf-8")
-    assert written == maker["page"](maker["load"](folder))
+    assert written == page(load(folder))
 
 
 def numbers(data):
@@ -141,10 +135,9 @@ def test_the_tiny_form_runs(tmp_path):
                 assert default["peak_bytes"] > 0
                 assert default["instructions"] > 100
     run(
-        "tools/report/performance_gpu.py",
-        f"--results={tmp_path}",
-        f"--output={tmp_path}",
+        *("-m", "tools.report.performance_gpu"),
+        *(f"--results={tmp_path}", f"--output={tmp_path}"),
     )
-    page = (tmp_path / "performance_gpu.md").read_text()
-    assert "No claims." in page
-    assert "nan" not in page
+    text = (tmp_path / "performance_gpu.md").read_text()
+    assert "No claims." in text
+    assert "nan" not in text

@@ -9,7 +9,6 @@ from models import mlp
 from models import probes_in
 
 import keras_adafisher
-from benchmarks.published import PUBLISHED
 
 
 def is_wrapped(model):
@@ -66,11 +65,11 @@ def test_a_new_optimizer_measures_at_its_first_step():
     x, y = data()
     model = mlp()
     for _ in range(2):
-        optimizer = keras_adafisher.AdaFisher(**PUBLISHED)
+        optimizer = keras_adafisher.AdaFisher.as_published()
         model.compile(optimizer, loss=cross_entropy())
         model.fit(x, y, batch_size=16, epochs=2, verbose=0)
         # 1 if it had never measured.
-        factor = optimizer.fisher_diagonal(model.layers[0].kernel)
+        factor = optimizer.preconditioner(model.layers[0].kernel)
         assert float(keras.ops.max(factor)) < 0.1
 
 
@@ -203,7 +202,7 @@ def test_an_override_of_make_train_function():
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="Keras builds optimizers before the first step",
+    reason="With JAX and PyTorch, Keras builds it before the first step",
 )
 @pytest.mark.parametrize("name", ["Adam", "AdaFisher"])
 def test_a_train_step_that_trains_other_variables_too(name):
@@ -235,7 +234,7 @@ def test_a_train_step_that_trains_other_variables_too(name):
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="State is passed along on JAX, and PyTorch needs no steps",
+    reason="JAX passes state along, and PyTorch needs no steps",
 )
 @pytest.mark.parametrize("make", [lambda o: [o], lambda o: {0: o}])
 def test_optimizers_in_a_list_or_a_dict(make):

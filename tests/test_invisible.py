@@ -315,7 +315,7 @@ def trained_by_hand(change, optimizer, scale=100.0, steps=13):
     x, y = data()
     for _ in range(steps):
         model.train_on_batch(scale * x, 10 * y)
-    fishers = [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+    fishers = [to_numpy(optimizer.preconditioner(v)) for v in model.weights]
     return weights(model), fishers
 
 
@@ -424,7 +424,9 @@ class Centralized(keras_adafisher.AdaFisher):
         super().apply(grads, trainable_variables)
 
 
-@pytest.mark.skipif(not HAS_PROBES_IN_LISTS, reason="no list has a probe")
+@pytest.mark.skipif(
+    not HAS_PROBES_IN_LISTS, reason="PyTorch: no list has a probe"
+)
 def test_what_cannot_be_a_mean_square_is_dropped():
     """With one warning, at the end of `fit`. The factors stay at 1."""
     keras.utils.set_random_seed(0)
@@ -440,7 +442,7 @@ def test_what_cannot_be_a_mean_square_is_dropped():
         warnings.simplefilter("error", UserWarning)
         model.fit(x, y, verbose=0)
     for layer in model.layers:
-        fisher = to_numpy(optimizer.fisher_diagonal(layer.kernel))
+        fisher = to_numpy(optimizer.preconditioner(layer.kernel))
         np.testing.assert_array_equal(fisher, np.full(fisher.shape, 2.0))
     assert "nothing so far" in str(keras_adafisher.coverage(model))
 
@@ -457,7 +459,7 @@ def test_centralized_gradients_of_kernels():
     for row in keras_adafisher.coverage(model).rows:
         assert row.source == "measured"
     for layer in model.layers:
-        fisher = to_numpy(optimizer.fisher_diagonal(layer.kernel))
+        fisher = to_numpy(optimizer.preconditioner(layer.kernel))
         assert np.all(fisher >= 1)
         assert np.any(fisher != 2)
 
@@ -505,7 +507,7 @@ def fisher_and_source(layer, kernel, x, evaluate_first=False):
     for _ in range(3):
         model.train_on_batch(x, y.astype("float32"))
     rows = keras_adafisher.coverage(model).rows
-    return to_numpy(optimizer.fisher_diagonal(kernel())), rows[0]
+    return to_numpy(optimizer.preconditioner(kernel())), rows[0]
 
 
 @pytest.mark.parametrize("evaluate_first", [False, True])
@@ -533,7 +535,10 @@ def test_a_layer_in_a_vectorized_map_has_factors(rng):
     assert row.source in ("measured", "estimated")
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's pfor")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="JAX and PyTorch trace no lengths that are unknown",
+)
 def test_time_distributed_over_varying_lengths(rng):
     import tensorflow as tf
 
@@ -555,7 +560,7 @@ def test_time_distributed_over_varying_lengths(rng):
     model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
     model.compile(keras_adafisher.AdaFisher(), loss="mse")
     model.fit(batches, epochs=2, verbose=0)
-    fisher = to_numpy(model.optimizer.fisher_diagonal(dense.kernel))
+    fisher = to_numpy(model.optimizer.preconditioner(dense.kernel))
     assert fisher.max() > 1.2 * fisher.min()
 
 
@@ -582,7 +587,10 @@ class Filtered(ByHand):
             return {"loss": loss}
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="lists have to be whole")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="JAX and PyTorch differentiate what the list leaves out too",
+)
 def test_a_filtered_list_of_variables():
     inputs = keras.Input((8,))
     layer = keras.layers.Dense(4)
@@ -591,7 +599,7 @@ def test_a_filtered_list_of_variables():
     x, y = data()
     with pytest.warns(UserWarning, match="differentiate all of"):
         model.fit(x * np.arange(1, 9), y, epochs=2, verbose=0)
-    fisher = to_numpy(model.optimizer.fisher_diagonal(layer.kernel))
+    fisher = to_numpy(model.optimizer.preconditioner(layer.kernel))
     assert fisher.max() > 1.2 * fisher.min()
 
 
@@ -609,12 +617,14 @@ def test_float8_after_training():
     model.compile(optimizer, loss="mse")
     assert keras_adafisher.coverage(model).rows[0].source == "not yet"
     model.fit(x, x, epochs=3, verbose=0)
-    fisher = to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel))
+    fisher = to_numpy(optimizer.preconditioner(model.layers[0].kernel))
     assert fisher.max() > 1.2 * fisher.min()
     assert keras_adafisher.coverage(model).rows[0].source == "estimated"
 
 
-@pytest.mark.skipif(not HAS_PROBES_IN_LISTS, reason="needs no decorator")
+@pytest.mark.skipif(
+    not HAS_PROBES_IN_LISTS, reason="PyTorch needs no decorator"
+)
 def test_a_custom_loop_without_the_decorator_says_so(rng):
     x = rng.normal(size=(16, 8)).astype("float32") * np.arange(1, 9)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -646,7 +656,7 @@ def test_a_custom_loop_without_the_decorator_says_so(rng):
             variable.assign(value)
         assert len(values) == 2
     # Estimated, and so not 2 for all.
-    fisher = to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel))
+    fisher = to_numpy(optimizer.preconditioner(model.layers[0].kernel))
     assert fisher.max() > 1.2 * fisher.min()
 
 
@@ -690,7 +700,9 @@ def test_vectorized_maps_of_a_trained_model(steps):
     np.testing.assert_allclose(to_numpy(each), to_numpy(model(x)), rtol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX' transformations")
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no `jax.linearize`"
+)
 @pytest.mark.parametrize("transform", ["jacfwd", "jacrev", "linearize"])
 def test_transformations_of_jax(transform):
     import jax
@@ -703,7 +715,9 @@ def test_transformations_of_jax(transform):
         assert getattr(jax, transform)(model)(x).shape == (16, 1, 16, 3)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX' forward mode")
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no `jax.jvp`"
+)
 @pytest.mark.parametrize("steps", [3, 10])
 def test_forward_mode_in_a_training_step(steps):
     """Measures nothing, and fails at no step."""
@@ -735,7 +749,9 @@ def test_forward_mode_in_a_training_step(steps):
     np.testing.assert_allclose(tangent, difference, rtol=1e-2)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX' transformations")
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no `jax.linearize`"
+)
 def test_products_with_the_hessian_in_a_training_step():
     """Forward over reverse mode: the tap is differentiated once more."""
     import jax
@@ -759,7 +775,9 @@ def test_products_with_the_hessian_in_a_training_step():
 # Sparse inputs.
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.SparseTensor")
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="JAX and PyTorch have no `tf.SparseTensor`"
+)
 def test_a_sparse_input_is_made_dense_where_it_is_measured_only():
     import tensorflow as tf
 

@@ -106,7 +106,7 @@ def test_in_stateless_scope():
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="TensorFlow's optimizers have it",
+    reason="Keras' optimizers for JAX and PyTorch haven't got it",
 )
 def test_optimizer_distributed_tf_update_step(optimizer):
     """On TensorFlow, it has the gradients of all replicas together."""

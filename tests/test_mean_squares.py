@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 from models import mlp
+from models import own_variable
 from models import to_numpy
 
 import keras_adafisher
-from keras_adafisher.mean_squares import MeanSquares
+from keras_adafisher.optimizer.update_rms import are_measured
+from keras_adafisher.optimizer.update_rms import UpdateRMS
 
 
 def make(indices=(3,), decay=0.5, interval=2):
@@ -20,7 +22,7 @@ def make(indices=(3,), decay=0.5, interval=2):
     settings = types.SimpleNamespace(
         rms_decay=decay, factor_update_steps=interval
     )
-    return MeanSquares(list(indices), settings, add_variable)
+    return UpdateRMS(list(indices), settings, add_variable)
 
 
 def take_in(mean_squares, squares, update):
@@ -36,7 +38,7 @@ def test_a_measurement_counts_until_the_next(number):
     squares = {0: 4.0, 1: 8.0, 2: 16.0, 4: 32.0}
     roots = []
     for update in range(5):
-        is_measured = bool(mean_squares.are_measured(number(update)))
+        is_measured = bool(are_measured(number(update), 2))
         assert is_measured == (update in squares)
         if is_measured:
             take_in(mean_squares, [(3, squares[update])], number(update))
@@ -76,7 +78,7 @@ def test_a_parameter_without_a_gradient_keeps_its_mean_square():
     optimizer.build(model.trainable_variables)
     weights = model.weights
     optimizer.apply([ops.ones(w.shape) for w in weights], weights)
-    (variable,) = [v for v in optimizer.variables if v.name == "mean_squares"]
+    variable = own_variable(optimizer, "mean_squares")
     before = to_numpy(variable)
     assert np.all(before > 0)
     optimizer.apply([3 * ops.ones(w.shape) for w in weights[:2]], weights[:2])

@@ -23,18 +23,24 @@ import keras_adafisher
 STEPS = 12
 
 
-def train(strategy, make_model, batches, **kwargs):
+def train(
+    strategy,
+    make_model,
+    batches,
+    optimizer_class=keras_adafisher.AdaFisher,
+    **kwargs,
+):
     """Weights and Fisher diagonals after one step per batch."""
     with strategy.scope():
         model = make_model()
-        optimizer = keras_adafisher.AdaFisher(factor_update_steps=4, **kwargs)
+        optimizer = optimizer_class(factor_update_steps=4, **kwargs)
         model.compile(optimizer, loss=cross_entropy())
     rng = np.random.default_rng(3)
     model.set_weights([rng.uniform(size=w.shape) for w in model.get_weights()])
     for x, y in batches:
         model.train_on_batch(x, y)
     diagonals = [
-        to_numpy(optimizer.fisher_diagonal(v))
+        to_numpy(optimizer.preconditioner(v))
         for v in model.weights
         if v.trainable
     ]
@@ -57,6 +63,18 @@ def test_two_replicas_give_the_weights_of_one_device():
     two, factors_of_two = train(mirrored(), mlp, batches)
     assert_close(two, one, 1e-6)
     assert_close(factors_of_two, factors_of_one, 1e-6)
+
+
+def test_orthogonalized_steps():
+    x, y = data(examples=16 * STEPS)
+    batches = list(zip(np.split(x, STEPS), np.split(y, STEPS), strict=True))
+    settings = {
+        "optimizer_class": keras_adafisher.AdaFisherMuon,
+        "keep_roots": True,
+    }
+    one, _ = train(tf.distribute.get_strategy(), mlp, batches, **settings)
+    two, _ = train(mirrored(), mlp, batches, **settings)
+    assert_close(two, one, 1e-5)
 
 
 def test_convolutions_and_normalization_layers():
@@ -99,7 +117,7 @@ def test_a_layer_that_is_built_late():
         model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
     model.fit(x, y, batch_size=16, verbose=0)
     assert len(model.optimizer.variables) > 0
-    to_numpy(model.optimizer.fisher_diagonal(model.layers[0].kernel))
+    to_numpy(model.optimizer.preconditioner(model.layers[0].kernel))
 
 
 def test_factors_that_are_estimated_from_gradients():

@@ -107,7 +107,7 @@ def test_the_first_step_by_hand():
     # 0.5 * 1 + 0.5 * (0, 1) = (0.5, 1), and F = H S + 0.25.
     fisher = [[0.5, 0.75], [0.75, 1.25]]
     np.testing.assert_allclose(
-        to_numpy(optimizer.fisher_diagonal(layer.kernel)), fisher, rtol=1e-6
+        to_numpy(optimizer.preconditioner(layer.kernel)), fisher, rtol=1e-6
     )
     # The gradient is h s, the bias-corrected momentum of step one as well.
     expected = -0.5 * np.array([[1.0, 3.0], [2.0, 6.0]]) / fisher
@@ -128,7 +128,7 @@ def test_the_first_step_by_hand_with_the_default_rule():
     # The factors are 2/3 + 1/3 of that: (0.8, 1.2) and (11/15, 19/15).
     fisher = np.outer([0.8, 1.2], [11 / 15, 19 / 15]) + 1
     np.testing.assert_allclose(
-        to_numpy(optimizer.fisher_diagonal(layer.kernel)), fisher, rtol=1e-6
+        to_numpy(optimizer.preconditioner(layer.kernel)), fisher, rtol=1e-6
     )
     # After one step momentum is the gradient, with or without Nesterov's, and
     # the running mean square is that of the step: it has an RMS of 1. The
@@ -219,9 +219,7 @@ def test_the_order_of_the_trainable_variables_does_not_matter():
     keras_adafisher.wrap(model)
     optimizer = keras_adafisher.AdaFisher()
     optimizer.build(model.trainable_variables[::-1])
-    assert to_numpy(
-        optimizer.fisher_diagonal(model.layers[0].kernel)
-    ).shape == (
+    assert to_numpy(optimizer.preconditioner(model.layers[0].kernel)).shape == (
         6,
         5,
     )
@@ -332,7 +330,7 @@ def test_clipping_does_not_see_the_probes(clip, rng):
         optimizer = keras_adafisher.AdaFisher(1e-3, 0.0, **PLAIN, **arguments)
         model.compile(optimizer, loss=product_loss)
         model.train_on_batch(x, r)
-        fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in layer.weights]
+        fisher = [to_numpy(optimizer.preconditioner(v)) for v in layer.weights]
         return fisher, weights(layer)
 
     plain_fisher, plain = run()
@@ -365,7 +363,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(steps, epsilon):
         model.fit(
             x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0
         )
-        fisher = [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+        fisher = [to_numpy(optimizer.preconditioner(v)) for v in model.weights]
         return weights(model), fisher
 
     expected, expected_fisher = run(12)
@@ -414,7 +412,7 @@ def test_an_update_takes_in_a_layer_that_its_last_step_did_not_use(rng):
             (model.used.bias, bias),
         ):
             np.testing.assert_allclose(
-                to_numpy(optimizer.fisher_diagonal(variable)), fisher, rtol=1e-5
+                to_numpy(optimizer.preconditioner(variable)), fisher, rtol=1e-5
             )
 
 
@@ -440,7 +438,7 @@ def test_a_step_that_the_loss_scale_optimizer_skips_changes_nothing():
     model.compile(optimizer, loss=cross_entropy())
 
     def fisher():
-        return [to_numpy(inner.fisher_diagonal(v)) for v in model.weights]
+        return [to_numpy(inner.preconditioner(v)) for v in model.weights]
 
     for _ in range(2):
         model.train_on_batch(x, y)
@@ -494,12 +492,12 @@ def test_a_batch_with_nan_or_inf_leaves_the_factors_alone(bad):
     model.compile(optimizer, loss=cross_entropy())
     parameters = [w for w in model.weights if w.trainable]
     model.train_on_batch(x, y)
-    before = [to_numpy(optimizer.fisher_diagonal(v)) for v in parameters]
+    before = [to_numpy(optimizer.preconditioner(v)) for v in parameters]
     start = model.get_weights()
 
     # In the loss, and so in every gradient.
     model.train_on_batch(x, y, sample_weight=np.array([bad] + 15 * [1.0]))
-    after = [to_numpy(optimizer.fisher_diagonal(v)) for v in parameters]
+    after = [to_numpy(optimizer.preconditioner(v)) for v in parameters]
     assert_same(after, before)
 
     # In the first layer's input. Some of TensorFlow's kernels for the CPU make
@@ -507,7 +505,7 @@ def test_a_batch_with_nan_or_inf_leaves_the_factors_alone(bad):
     model.set_weights(start)
     x[0, 0, 0, 0] = bad
     model.train_on_batch(x, y)
-    after = [to_numpy(optimizer.fisher_diagonal(v)) for v in parameters]
+    after = [to_numpy(optimizer.preconditioner(v)) for v in parameters]
     assert_same(after[:2], before[:2])
 
 
@@ -516,7 +514,7 @@ def test_an_empty_batch_and_a_batch_of_zeros(rng):
     optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
     model.compile(optimizer, loss=product_loss)
     model.train_on_batch(np.zeros((5, 4)), np.zeros((5, 3)))
-    fisher = to_numpy(optimizer.fisher_diagonal(layer.kernel))
+    fisher = to_numpy(optimizer.preconditioner(layer.kernel))
     assert np.all(np.isfinite(fisher))
     assert np.all(fisher >= optimizer.damping)
     assert all(np.all(np.isfinite(w)) for w in layer.get_weights())
@@ -591,7 +589,7 @@ def test_mixed_precision(policy):
     history = model.fit(x, y, batch_size=16, epochs=8, verbose=0)
     assert all(v.dtype == "float32" for v in model.trainable_variables)
     # Has been measured: all factors start at 1.
-    assert np.ptp(to_numpy(optimizer.fisher_diagonal(model.weights[0]))) > 0.1
+    assert np.ptp(to_numpy(optimizer.preconditioner(model.weights[0]))) > 0.1
     assert history.history["loss"][-1] < history.history["loss"][0]
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
 
@@ -755,12 +753,12 @@ def test_fisher_diagonal_of_a_variable_without_one():
     optimizer = model.optimizer
     kernel = model.layers[0].kernel
     with pytest.raises(ValueError, match="has no Kronecker factors yet"):
-        optimizer.fisher_diagonal(kernel)
+        optimizer.preconditioner(kernel)
     optimizer.build(model.trainable_variables)
-    optimizer.fisher_diagonal(kernel)
+    optimizer.preconditioner(kernel)
     for wrong in (mlp().layers[0].kernel, optimizer.iterations):
         with pytest.raises(ValueError, match="Argument `variable` must be"):
-            optimizer.fisher_diagonal(wrong)
+            optimizer.preconditioner(wrong)
 
 
 def test_errors_of_apply_are_keras_own():
@@ -786,6 +784,6 @@ def test_steps_that_do_not_measure_keep_the_factors():
     seen = []
     for _ in range(7):
         model.train_on_batch(x, y)
-        seen.append(to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel)))
+        seen.append(to_numpy(optimizer.preconditioner(model.layers[0].kernel)))
     changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(seen)]
     assert changed == [False, False, True, False, False, True]

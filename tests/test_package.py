@@ -1,7 +1,11 @@
 """What the package's source may contain."""
 
 import ast
+import contextlib
 import functools
+import graphlib
+import importlib
+import inspect
 import pathlib
 
 import keras
@@ -10,6 +14,10 @@ import pytest
 import test_keras_internals
 
 import keras_adafisher
+from keras_adafisher import analysis
+from keras_adafisher import callbacks
+from keras_adafisher import optimizer
+from keras_adafisher import wrappers
 
 FOLDER = pathlib.Path(keras_adafisher.__file__).parent
 TESTS = pathlib.Path(__file__).parent
@@ -197,6 +205,7 @@ FORBIDDEN_ATTRIBUTES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("file", SOURCES)
 def test_nothing_evaluates_or_unpickles_anything(file):
     """Nor does it start anything, or touch files but those of callbacks."""
@@ -220,13 +229,97 @@ def test_nothing_evaluates_or_unpickles_anything(file):
             assert node.attr != "load"
 
 
+@pytest.mark.once
+def test_no_public_name_hides_a_module():
+    """`keras_adafisher.wrap` is the function, whoever imports what first."""
+    modules = {path.stem for path in FOLDER.iterdir()} - {"__init__"}
+    assert not modules & set(keras_adafisher.__all__)
+
+
+def public_functions():
+    """Names of public functions and methods to what they are."""
+    modules = [keras_adafisher, analysis, callbacks, optimizer, wrappers]
+    with contextlib.suppress(ImportError):
+        # Needs matplotlib.
+        modules.append(importlib.import_module("keras_adafisher.plotting"))
+    found = {}
+    for module in modules:
+        for name in module.__all__:
+            public = getattr(module, name)
+            members = {name: public}
+            if inspect.isclass(public):
+                members = {
+                    f"{name}.{member}": inspect.getattr_static(public, member)
+                    for member in dir(public)
+                    if member == "__init__" or not member.startswith("_")
+                }
+            for path, member in members.items():
+                if isinstance(member, property):
+                    member = member.fget
+                member = inspect.unwrap(getattr(member, "__func__", member))
+                if inspect.isfunction(member) and (
+                    member.__module__.startswith("keras_adafisher.")
+                ):
+                    found[f"{module.__name__}.{path}"] = member
+    return found
+
+
+@pytest.mark.once
+def test_public_names_have_type_annotations():
+    """`py.typed` says so. Whether they are right is for `make lint`."""
+    assert (FOLDER / "py.typed").exists()
+    found = public_functions()
+    assert "keras_adafisher.wrap" in found
+    assert "keras_adafisher.AdaFisherMuon.__init__" in found
+    assert "keras_adafisher.AdaFisher.as_published" in found
+    missing = []
+    for name, function in found.items():
+        signature = inspect.signature(function)
+        parameters = dict(signature.parameters)
+        if "." in function.__qualname__:
+            # Also of class methods, seen without their class.
+            del parameters[next(iter(parameters))]
+        annotations = [each.annotation for each in parameters.values()]
+        annotations.append(signature.return_annotation)
+        # `inspect` has one mark for both.
+        if inspect.Signature.empty in annotations:
+            missing.append(name)
+    assert not missing
+
+
+def imports_of(file):
+    """The files of the package that a file imports while it is imported."""
+    for node in SOURCES[file].body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, *parts = node.module.split(".")
+            if package != "keras_adafisher":
+                continue
+            for alias in node.names:
+                for names in ([*parts, alias.name], parts):
+                    path = "/".join(names)
+                    found = {f"{path}.py", f"{path}/__init__.py"} & set(SOURCES)
+                    if found:
+                        yield found.pop()
+                        break
+
+
+@pytest.mark.once
+def test_no_modules_import_each_other():
+    graph = {file: set(imports_of(file)) for file in SOURCES}
+    assert "statistics.py" in graph["wrappers/block.py"]
+    # Raises a `CycleError`, which names them.
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.once
 def test_the_checks_see_what_they_are_for():
     """So they don't pass because they look at nothing."""
-    assert "optimizer.py" in SOURCES
+    assert "optimizer/adafisher.py" in SOURCES
     assert "wrappers/dense.py" in SOURCES
     assert "_flatten_layers" in foreign_private_names()
 
 
+@pytest.mark.once
 def test_every_mutation_is_one():
     """What `make mutations` breaks is there. The rest takes half an hour."""
     for mutation in mutations.MUTATIONS:

@@ -51,6 +51,7 @@ def distributions(tmp_path_factory):
     return folder
 
 
+@pytest.mark.once
 def test_source_distribution_has_what_its_tests_need(distributions):
     (path,) = distributions.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -68,16 +69,19 @@ def test_source_distribution_has_what_its_tests_need(distributions):
         "constraints-oldest.txt",
         "docs/index.md",
         "examples/digits.py",
-        "keras_adafisher/optimizer.py",
+        "keras_adafisher/optimizer/adafisher.py",
         "mkdocs.yml",
         "pyproject.toml",
         "tests/conftest.py",
         "tests/golden/official.npz",
+        "tools/report/pages.py",
+        "tools/report/quality/page.md",
     }
     assert not [n for n in names if n.startswith(("site/", ".venv/", "dist/"))]
     assert not [n for n in names if "/results/" in n or "__pycache__" in n]
 
 
+@pytest.mark.once
 def test_wheel_has_the_package_only(distributions):
     (path,) = distributions.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -90,12 +94,14 @@ def test_wheel_has_the_package_only(distributions):
         "keras_adafisher",
         f"keras_adafisher-{version}.dist-info",
     }
+    assert "keras_adafisher/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert f"\nVersion: {version}\n" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.M)
     assert required == ["keras"]
 
 
+@pytest.mark.once
 def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
     """`make test-oldest` installs them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -112,6 +118,7 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
         assert pinned[name] in (bound, f"{bound}.0")
 
 
+@pytest.mark.once
 def test_the_citation_has_the_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {keras_adafisher.__version__}\n" in citation

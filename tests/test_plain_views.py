@@ -67,7 +67,7 @@ def export_savedmodel(model, path):
 
 
 # Keras' PyTorch export fails for any optimizer (Keras 3.15).
-@pytest.mark.skipif(BACKEND == "torch", reason="fails in plain Keras")
+@pytest.mark.skipif(BACKEND == "torch", reason="plain Keras fails with PyTorch")
 def test_an_exported_model_has_no_trace_of_probes(tmp_path):
     tf = pytest.importorskip("tensorflow")
     model = trained_model()
@@ -82,7 +82,7 @@ def test_an_exported_model_has_no_trace_of_probes(tmp_path):
 
 @pytest.mark.skipif(
     BACKEND != "tensorflow",
-    reason="not tried: needs TensorFlow or litert-torch",
+    reason="not tried: JAX has no LiteRT export, PyTorch needs litert-torch",
 )
 def test_an_exported_lite_model_gives_the_same_outputs(tmp_path):
     import tensorflow as tf
@@ -113,7 +113,9 @@ NEEDED_FOR_ONNX = {
 
 def test_an_exported_onnx_model_has_no_trace_of_probes(tmp_path):
     for package in NEEDED_FOR_ONNX[BACKEND]:
-        pytest.importorskip(package, reason=f"not tried: needs {package}")
+        pytest.importorskip(
+            package, reason=f"not tried: {BACKEND} needs {package}"
+        )
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
@@ -135,7 +137,9 @@ def test_an_exported_onnx_model_has_no_trace_of_probes(tmp_path):
     )
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own")
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="JAX and TensorFlow have no `torch.export`"
+)
 def test_an_exported_program_of_pytorch_has_no_trace_of_probes(tmp_path):
     import torch
 

@@ -39,6 +39,7 @@ def lines(axes):
     return {line.get_label(): line for line in axes.lines}
 
 
+@pytest.mark.once
 def test_histograms_of_adafisher_next_to_those_of_adam():
     figure = plotting.plot_histograms(
         history_of(keras_adafisher.FisherHistory, "fisher", 1.0),
@@ -85,6 +86,7 @@ def tick_labels(axis):
     return [label.get_text() for label in axis.get_majorticklabels()]
 
 
+@pytest.mark.once
 def test_histograms_of_values_below_zero_have_a_linear_axis():
     history = history_of(keras_adafisher.FisherHistory, "mine", -5.0)
     figure = plotting.plot_histograms(
@@ -97,6 +99,7 @@ def test_histograms_of_values_below_zero_have_a_linear_axis():
     np.testing.assert_allclose(corners[:, 0, 1], np.linspace(-5, 15, 31))
 
 
+@pytest.mark.once
 def test_bars_at_some_moments():
     figure = plotting.plot_bars(
         history_of(keras_adafisher.FisherHistory, "fisher", 1.0),
@@ -135,12 +138,14 @@ def test_bars_at_some_moments():
     assert first.get_ylim() == last.get_ylim()
 
 
+@pytest.mark.once
 def test_as_many_bar_charts_as_there_are_records():
     history = history_of(keras_adafisher.FisherHistory, "fisher", 1.0)
     figure = plotting.plot_bars(history, parameter="dense/kernel", moments=9)
     assert len(figure.axes) == 3
 
 
+@pytest.mark.once
 def test_records_of_a_training_that_diverged_are_left_out():
     history = history_of(keras_adafisher.FisherHistory, "fisher", 1.0)
     nothing = Record(
@@ -154,6 +159,7 @@ def test_records_of_a_training_that_diverged_are_left_out():
         plotting.plot_histograms(history, parameter="dense/kernel")
 
 
+@pytest.mark.once
 def test_histograms_need_records():
     history = keras_adafisher.FisherHistory()
     with pytest.raises(ValueError, match="no records of this parameter"):
@@ -166,6 +172,7 @@ def test_histograms_need_records():
         plotting.plot_bars(parameter="dense/kernel")
 
 
+@pytest.mark.once
 def test_gershgorin_plot():
     figure = plotting.plot_gershgorin(MATRIX, "layer", noise=0.2, seed=3)
     plane, intervals = figure.axes
@@ -187,6 +194,7 @@ def test_gershgorin_plot():
     assert figure.get_suptitle() == "layer\n100 % of the disks don't contain 0"
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("rows", [400, 2000])
 def test_gershgorin_plot_of_many_rows(rows):
     """No disk is drawn by itself, and the eigenvalues are lines."""
@@ -208,6 +216,7 @@ def test_gershgorin_plot_of_many_rows(rows):
     assert figure.get_suptitle() == "0 % of the disks don't contain 0"
 
 
+@pytest.mark.once
 def test_the_density_is_the_share_of_the_disks_that_hold_a_point():
     size = matrices.MANY + 1
     figure = plotting.plot_gershgorin(
@@ -225,6 +234,7 @@ def test_the_density_is_the_share_of_the_disks_that_hold_a_point():
         )
 
 
+@pytest.mark.once
 def test_spectrum_plot():
     figure = plotting.plot_spectrum(MATRIX, noise=0.2, seed=3)
     result = analysis.spectrum(MATRIX, 0.2, 3)
@@ -235,6 +245,7 @@ def test_spectrum_plot():
     assert without.get_linestyle() != with_noise.get_linestyle()
 
 
+@pytest.mark.once
 def test_heat_maps_of_factors():
     factors = analysis.KroneckerFactors(
         "dense", ("dense/kernel",), MATRIX, np.eye(4), None
@@ -269,6 +280,7 @@ def test_heat_maps_of_factors():
             )
 
 
+@pytest.mark.once
 def test_large_and_small_entries_are_powers_of_ten():
     factors = analysis.KroneckerFactors(
         "dense", ("dense/kernel",), 3.21e-8 * np.eye(3), 4e5 * np.eye(4), None
@@ -333,6 +345,7 @@ def test_trajectories_on_a_surface():
     )
 
 
+@pytest.mark.once
 def test_start_ends_and_optimum_are_marked():
     figure = plotting.loss_surface_trajectories(
         lambda x, y: (x - 1) ** 2 / 10 + (y + 2) ** 2 + 0.1,
@@ -368,6 +381,7 @@ def test_start_ends_and_optimum_are_marked():
     np.testing.assert_array_equal(ends, paths)
 
 
+@pytest.mark.once
 def test_a_surface_that_goes_on_downwards_has_no_optimum():
     figure = plotting.loss_surface_trajectories(
         lambda x, y: x + y**2,
@@ -379,6 +393,7 @@ def test_a_surface_that_goes_on_downwards_has_no_optimum():
     assert "optimum" not in lines(figure.axes[0])
 
 
+@pytest.mark.once
 def test_the_surface_in_three_dimensions():
     """On the scale of the losses, from positions to heights."""
     figure = plotting.loss_surface_trajectories(
@@ -398,6 +413,7 @@ def test_the_surface_in_three_dimensions():
     assert {"0.1", "1", "10"} <= shown
 
 
+@pytest.mark.once
 def test_progress_is_shown(capsys):
     arguments = (bowl, {"SGD": keras.optimizers.SGD(0.1)}, (1.0, 1.0))
     plotting.loss_surface_trajectories(*arguments, steps=3, resolution=3)
@@ -409,6 +425,7 @@ def test_progress_is_shown(capsys):
     assert "3/3" not in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_figures_of_a_paper(tmp_path):
     with plotting.paper_style():
         figure = plotting.plot_spectrum(MATRIX)
@@ -526,12 +543,14 @@ def test_what_trajectories_cannot_use():
         plotting.loss_surface_trajectories(bowl, {}, (1, 2))
 
 
+@pytest.mark.once
 def test_no_window_and_no_global_state():
     before = set(sys.modules)
     plotting.plot_spectrum(MATRIX)
     assert "matplotlib.pyplot" not in set(sys.modules) - before
 
 
+@pytest.mark.once
 def test_without_matplotlib(monkeypatch):
     monkeypatch.delitem(sys.modules, "keras_adafisher.plotting")
     monkeypatch.delattr(keras_adafisher, "plotting")

@@ -133,7 +133,7 @@ def test_a_plain_step_has_no_answer(owner, rng):
 
 @pytest.mark.skipif(
     keras.backend.backend() == "torch",
-    reason="PyTorch's lists have no probes, and loops no decorator",
+    reason="PyTorch: no list has a probe, and loops need no decorator",
 )
 def test_outside_of_steps_there_is_neither_tap_nor_probe(owner, rng):
     x, c = arrays(rng, (4, 3), (4, 2))

@@ -50,7 +50,7 @@ def test_the_scale_of_a_loss_scale_optimizer_leaves_epsilon_alone(scale):
         model.compile(wrap(optimizer), loss=cross_entropy())
         for _ in range(3):
             model.train_on_batch(*data())
-        return [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+        return [to_numpy(optimizer.preconditioner(v)) for v in model.weights]
 
     plain = fishers(lambda optimizer: optimizer)
     scaled = fishers(
@@ -76,7 +76,7 @@ def test_state_of_one_normalization_loads_under_another():
             optimizer.set_weights(values)
         optimizers.append(optimizer)
         fishers.append(
-            [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+            [to_numpy(optimizer.preconditioner(v)) for v in model.weights]
         )
     assert_same(*fishers)
 
@@ -93,7 +93,7 @@ def test_the_effective_learning_rate_before_and_after_the_first_step():
     start = weights(model)
     model.train_on_batch(*data())
     rate = to_numpy(optimizer.effective_learning_rate(kernel))
-    fisher = to_numpy(optimizer.fisher_diagonal(kernel))
+    fisher = to_numpy(optimizer.preconditioner(kernel))
     moved = start[0] - to_numpy(kernel)
     # The gradient, as one step of SGD has it.
     model.set_weights(start)
@@ -117,7 +117,7 @@ def test_training_in_bfloat16_throughout():
         model.compile(optimizer, loss="mse")
         x, y = data()
         model.fit(x, np.eye(3)[y], verbose=0)
-        fisher = to_numpy(optimizer.fisher_diagonal(model.layers[0].kernel))
+        fisher = to_numpy(optimizer.preconditioner(model.layers[0].kernel))
     finally:
         keras.config.set_floatx(before)
         keras.config.set_dtype_policy("float32")

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 from conftest import BACKEND
+from models import factored
+from models import pairs_of
 from models import to_numpy
 
 import keras_adafisher
@@ -230,6 +232,7 @@ def test_keras_hub(make_model, rng, numpy_initializers):
     # Without XLA, which takes TensorFlow several times as long to compile.
     arguments = {"jit_compile": False} if BACKEND == "tensorflow" else {}
     train_once(model, x, y, loss, **arguments)
-    for curvature in model.optimizer._curvatures:
-        # Running factors start at 1: each block has measured something.
-        assert np.any(to_numpy(curvature.gradient) != 1), curvature.key
+    for variable in factored(model):
+        for _, gradient in pairs_of(model.optimizer, variable):
+            # Running factors start at 1: each block has measured something.
+            assert np.any(gradient != 1), variable.path

@@ -135,7 +135,7 @@ def test_a_wrapper_for_a_layer_of_ones_own(rng, monkeypatch):
     expected = reference.LinearFactors(3, 2, bias=False)
     expected.update(x, r / r.size * (1 - y**2), 0.9, 0.2)
     kernel, _ = expected.fisher(damping=0.1)
-    actual = to_numpy(optimizer.fisher_diagonal(layer.kernel))
+    actual = to_numpy(optimizer.preconditioner(layer.kernel))
     assert_close([actual], [kernel], 1e-5)
 
 

@@ -6,7 +6,7 @@ from keras import ops
 from models import to_numpy
 
 from keras_adafisher import backend
-from keras_adafisher.rows import Rows
+from keras_adafisher.factors.segments import Segments
 
 LENGTHS = {
     "one": [1],
@@ -32,8 +32,8 @@ def assert_found(found, rows):
 def test_means_and_extremes(lengths):
     rows = rows_of(lengths)
     vector = ops.convert_to_tensor(np.concatenate(rows))
-    assert_found([Rows(lengths).mean(vector)], rows)
-    assert_found(Rows(lengths).mean_min_max(vector), rows)
+    assert_found([Segments(lengths).mean(vector)], rows)
+    assert_found(Segments(lengths).mean_min_max(vector), rows)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -43,9 +43,11 @@ def test_what_is_not_finite_stays_in_its_row(bad):
     for place in (2, 4):
         rows[1][place] = bad
         vector = ops.convert_to_tensor(np.concatenate(rows))
-        mean = to_numpy(Rows([3, 5, 2]).mean(vector))
+        mean = to_numpy(Segments([3, 5, 2]).mean(vector))
         assert not np.isfinite(mean[1])
-        mean, low, high = map(to_numpy, Rows([3, 5, 2]).mean_min_max(vector))
+        mean, low, high = map(
+            to_numpy, Segments([3, 5, 2]).mean_min_max(vector)
+        )
         assert not np.isfinite(mean[1])
         for found in (mean, low, high):
             assert np.isfinite(found[[0, 2]]).all()
@@ -54,7 +56,7 @@ def test_what_is_not_finite_stays_in_its_row(bad):
 
 def test_values_of_rows_are_repeated():
     values = ops.convert_to_tensor(np.array([5.0, 6.0, 7.0], "float32"))
-    found = to_numpy(Rows([2, 1, 3]).to_entries(values))
+    found = to_numpy(Segments([2, 1, 3]).to_entries(values))
     np.testing.assert_array_equal(found, [5, 5, 6, 7, 7, 7])
 
 
@@ -62,7 +64,7 @@ def test_values_of_rows_are_repeated():
 def test_filling_up_takes_little_memory(longest):
     lengths = [longest, *[1] * 50, *[30] * 10]
     entries = sum(
-        int(np.prod(index.shape)) for index, _ in Rows(lengths)._stages
+        int(np.prod(index.shape)) for index, _ in Segments(lengths)._stages
     )
     # All entries, less than one chunk more for each row, and as many chunks of
     # each row as the longest has. A matrix would have 61 times the longest.
@@ -72,7 +74,7 @@ def test_filling_up_takes_little_memory(longest):
 def test_a_row_without_entries_leaves_the_others():
     rows = rows_of([3, 0, 5])
     vector = ops.convert_to_tensor(np.concatenate(rows))
-    found = Rows([3, 0, 5]).mean_min_max(vector)
+    found = Segments([3, 0, 5]).mean_min_max(vector)
     assert_found([tensor[:1] for tensor in found], rows[:1])
     assert_found([tensor[2:] for tensor in found], rows[2:])
     assert not np.isfinite(to_numpy(found[0])[1])

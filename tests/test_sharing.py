@@ -20,7 +20,7 @@ MEASURING = {"learning_rate": 0.0, "gamma_1": 0.4, "gamma_2": 0.3}
 
 
 def fishers(optimizer, model):
-    return [to_numpy(optimizer.fisher_diagonal(v)) for v in model.weights]
+    return [to_numpy(optimizer.preconditioner(v)) for v in model.weights]
 
 
 def mlp(name, *sizes):

@@ -56,7 +56,7 @@ def test_window_mean_is_the_mean_over_patches(
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="The others trace no sizes that are unknown",
+    reason="JAX and PyTorch trace no sizes that are unknown",
 )
 def test_patches_of_an_image_whose_size_is_unknown(rng):
     import tensorflow as tf

@@ -11,6 +11,7 @@ import torch
 from models import cnn
 from models import cross_entropy
 from models import image_data
+from models import own_variable
 from models import probes_in
 from torch_counts import apply
 from torch_counts import CountReads
@@ -18,7 +19,6 @@ from torch_counts import deep
 
 import keras_adafisher
 from benchmarks.models import make_task
-from benchmarks.published import PUBLISHED
 from keras_adafisher.backend import torch as torch_backend
 from keras_adafisher.backend import torch_update
 
@@ -231,8 +231,8 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(value):
         keras.utils.set_random_seed(0)
         model = cnn()
         keras_adafisher.wrap(model)
-        optimizer = keras_adafisher.AdaFisher(
-            **{**PUBLISHED, "factor_update_steps": 1}
+        optimizer = keras_adafisher.AdaFisher.as_published(
+            factor_update_steps=1
         )
         optimizer.build(model.trainable_variables)
         # Without batch statistics, which the skipped step would change.
@@ -242,7 +242,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(value):
             model.zero_grad()
         backward(model, cross_entropy(), x, y)
         apply(model, optimizer)
-        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+        diagonals.append(optimizer.preconditioner(model.layers[-1].kernel))
     assert torch.equal(*diagonals)
     assert diagonals[0].max() < 1
 
@@ -255,14 +255,14 @@ def test_backward_passes_add_up_until_the_gradients_are_cleared():
         model = cnn()
         model.layers[1].trainable = False
         keras_adafisher.wrap(model)
-        optimizer = keras_adafisher.AdaFisher(
-            **{**PUBLISHED, "factor_update_steps": 1, "epsilon": 0.0}
+        optimizer = keras_adafisher.AdaFisher.as_published(
+            factor_update_steps=1, epsilon=0.0
         )
         optimizer.build(model.trainable_variables)
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             backward(model, cross_entropy(), *part)
         apply(model, optimizer)
-        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+        diagonals.append(optimizer.preconditioner(model.layers[-1].kernel))
     for other in diagonals[1:]:
         torch.testing.assert_close(other, diagonals[0], rtol=1e-6, atol=0)
 
@@ -298,7 +298,7 @@ def test_gradients_of_autograd_grad_are_measured_too():
         else:
             loss.backward()
             apply(model, optimizer)
-        diagonals.append(optimizer.fisher_diagonal(model.layers[-1].kernel))
+        diagonals.append(optimizer.preconditioner(model.layers[-1].kernel))
     assert torch.equal(*diagonals)
 
 
@@ -391,11 +391,11 @@ def test_a_stateless_scope_shows_its_own_factors():
     kernel = model.weights[0]
 
     def fisher():
-        return optimizer.fisher_diagonal(kernel).detach().numpy()
+        return optimizer.preconditioner(kernel).detach().numpy()
 
     # All factors start at 1.
     np.testing.assert_allclose(fisher(), 1.5)
-    (factors,) = (v for v in optimizer.variables if v.name == "factors")
+    factors = own_variable(optimizer, "factors")
     with keras.StatelessScope([(factors, 2 * factors.value)]):
         np.testing.assert_allclose(fisher(), 4.5)
     np.testing.assert_allclose(fisher(), 1.5)

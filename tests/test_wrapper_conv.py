@@ -67,11 +67,11 @@ def test_fisher_diagonal_from_explicit_patches(case, epsilon, rng):
 
     kernel, bias = expected_fisher(layer, x, r / r.size, epsilon)
     np.testing.assert_allclose(
-        to_numpy(optimizer.fisher_diagonal(layer.kernel)), kernel, rtol=1e-4
+        to_numpy(optimizer.preconditioner(layer.kernel)), kernel, rtol=1e-4
     )
     if layer.use_bias:
         np.testing.assert_allclose(
-            to_numpy(optimizer.fisher_diagonal(layer.bias)), bias, rtol=1e-4
+            to_numpy(optimizer.preconditioner(layer.bias)), bias, rtol=1e-4
         )
 
 
@@ -102,7 +102,7 @@ def test_channels_first_is_channels_last_moved(rng):
 
 @pytest.mark.skipif(
     keras.backend.backend() == "torch",
-    reason="Uses no operations of Keras. `test_cost` counts",
+    reason="PyTorch uses its own operations, which `test_cost` counts",
 )
 def test_no_patch_of_the_input_is_built(rng, monkeypatch):
     """The largest tensor of a statistic is the input itself."""
@@ -161,5 +161,5 @@ def test_an_image_size_that_is_known_only_at_run_time(rng):
     s = np.broadcast_to((r / r.size / 15)[:, None, None, :], (3, 3, 5, 3))
     kernel, _ = expected_fisher(layer, x, s)
     np.testing.assert_allclose(
-        to_numpy(optimizer.fisher_diagonal(layer.kernel)), kernel, rtol=1e-4
+        to_numpy(optimizer.preconditioner(layer.kernel)), kernel, rtol=1e-4
     )

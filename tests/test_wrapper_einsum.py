@@ -281,13 +281,13 @@ def test_attention_measures_each_projection(rng):
     weight, bias = layer_cases.linear_fisher(
         values.reshape(8, 2, 3), s.reshape(8, 5), bias=True
     )
-    layer_cases.assert_fisher(model, attention._output_dense.kernel, weight)
-    layer_cases.assert_fisher(model, attention._output_dense.bias, bias)
+    layer_cases.assert_fisher(model, attention.output_dense.kernel, weight)
+    layer_cases.assert_fisher(model, attention.output_dense.bias, bias)
 
     s_values = np.einsum("aqo,hdo->aqhd", s, output)
     s_values = np.einsum("ahqk,aqhd->akhd", weights, s_values)
     weight, bias = layer_cases.linear_fisher(
         x.reshape(8, 5), s_values.reshape(8, 2, 3), bias=True
     )
-    layer_cases.assert_fisher(model, attention._value_dense.kernel, weight)
-    layer_cases.assert_fisher(model, attention._value_dense.bias, bias)
+    layer_cases.assert_fisher(model, attention.value_dense.kernel, weight)
+    layer_cases.assert_fisher(model, attention.value_dense.bias, bias)

@@ -7,7 +7,10 @@ import pytest
 from keras import ops
 from layer_cases import DAMPING
 from layer_cases import running
+from models import own_variable
+from models import pairs_of
 from models import product_loss
+from models import running_factors
 from models import to_numpy
 from reference import min_max
 
@@ -41,11 +44,11 @@ def test_the_most_frequent_id_gets_1_and_an_absent_one_0(rng):
     layer = make_embedding()
     model = layer_cases.model_of(layer, IDS)
     layer_cases.train_once(model, IDS, rng)
-    (curvature,) = model.optimizer._curvatures
+    factors = model.optimizer.factors(layer.embeddings)
     # Of 8 ids, four are 1, two are 4, one is 0 and one is 6.
     expected = running(np.array([1, 4, 0, 0, 2, 0, 1]) / 4)
     np.testing.assert_allclose(
-        to_numpy(curvature.activation)[:, 0], expected, rtol=1e-6
+        to_numpy(factors.activation)[:, 0], expected, rtol=1e-6
     )
 
 
@@ -271,8 +274,9 @@ def test_a_reversible_embedding_in_half_precision():
     )
     model = reversible_model(layer)
     model.train_on_batch(IDS, np.ones((2, 4, WORDS), "float32"))
-    assert model.optimizer._factors.vector.dtype == "float32"
-    for curvature in model.optimizer._curvatures:
-        for values in map(to_numpy, curvature.values()):
-            assert np.all(values <= running(1.0) + 1e-6)
-            assert min_max(values).max() <= 1.0
+    assert own_variable(model.optimizer, "factors").dtype == "float32"
+    # Of the way there and of the way back.
+    assert len(pairs_of(model.optimizer, layer.embeddings)) == 2
+    for values in running_factors(model.optimizer, [layer.embeddings]):
+        assert np.all(values <= running(1.0) + 1e-6)
+        assert min_max(values).max() <= 1.0

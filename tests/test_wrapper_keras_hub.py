@@ -176,11 +176,12 @@ def test_fisher_diagonal_is_that_of_one_hot_positions(
 def test_unused_positions_get_0_and_so_do_all_if_all_are_used(rng):
     for length, normalized in ((3, [1, 1, 1, 0, 0]), (5, [0, 0, 0, 0, 0])):
         x = np.zeros((2, length, SIZE), "float32")
-        model = layer_cases.model_of(make_positions(), x)
+        layer = make_positions()
+        model = layer_cases.model_of(layer, x)
         layer_cases.train_once(model, x, rng)
-        (curvature,) = model.optimizer._curvatures
+        factors = model.optimizer.factors(layer.position_embeddings)
         np.testing.assert_allclose(
-            to_numpy(curvature.activation)[:, 0],
+            to_numpy(factors.activation)[:, 0],
             layer_cases.running(np.array(normalized)),
             rtol=1e-6,
         )

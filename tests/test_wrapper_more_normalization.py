@@ -116,9 +116,9 @@ class TestBoth:
         layer = make_layer(dtype="mixed_float16")
         model = layer_cases.model_of(layer, x)
         model.train_on_batch(x, np.ones((3, 5, 4), "float32"))
-        (curvature,) = model.optimizer._curvatures
+        factors = model.optimizer.factors(layer.trainable_variables[0])
         h = np.mean(x.astype("float64") ** 2, axis=(0, 1))
         h = (h - h.min()) / (h.max() - h.min())
         np.testing.assert_allclose(
-            to_numpy(curvature.activation), layer_cases.running(h), rtol=1e-3
+            to_numpy(factors.activation), layer_cases.running(h), rtol=1e-3
         )

@@ -188,6 +188,31 @@ def more_layers():
     }
 
 
+def orthogonalized():
+    """Kernels that are split, one of them along two axes, and kept roots."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 32, (4 * BATCH, 8)).astype("int32")
+    y = rng.integers(0, 8, 4 * BATCH).astype("int32")
+
+    def ours():
+        return keras_adafisher.AdaFisherMuon(
+            1e-4, factor_update_steps=2, keep_roots=True, name="muon"
+        )
+
+    one = fit(None, transformer, ours, x, y)
+    found = {}
+    for distribution in (
+        keras.distribution.DataParallel(),
+        transformer_layouts(),
+    ):
+        several = fit(distribution, transformer, ours, x, y)
+        name = type(distribution).__name__
+        found[f"difference_{name}"] = difference(several, one)
+    split = splits(several)
+    found["splits"] = [path for path in split if "einsum" in path]
+    return found
+
+
 class Late(keras.Model):
     """A model whose layers are built by Keras while it traces `call`."""
 
@@ -245,6 +270,7 @@ def main():
     for result in digits():
         print(json.dumps(result))
     print(json.dumps({"name": "more layers", **more_layers()}))
+    print(json.dumps({"name": "orthogonalized", **orthogonalized()}))
     print(json.dumps({"name": "late", **late()}))
     print(json.dumps({"name": "saving", **saving()}))
 

@@ -161,6 +161,15 @@ def main():
     actual, *_ = train(True, recurrent)
     result["difference_estimated"] = difference(actual, expected)
 
+    def orthogonalizing():
+        return keras_adafisher.AdaFisherMuon(
+            factor_update_steps=2, keep_roots=True
+        )
+
+    expected, *_ = train(False, optimizer=orthogonalizing())
+    actual, *_ = train(True, optimizer=orthogonalizing())
+    result["difference_orthogonalized"] = difference(actual, expected)
+
     # The processes train alike.
     mine = torch.cat([torch.from_numpy(a).double().ravel() for a in several])
     first = mine.clone()

@@ -145,7 +145,7 @@ def test_only_what_trains_is_captured():
     frozen = weights(model.layers[1])
     model.fit(x, y, batch_size=16, verbose=0)
     assert_same(weights(model.layers[1]), frozen)
-    model.optimizer.fisher_diagonal(model.layers[0].kernel)
+    model.optimizer.preconditioner(model.layers[0].kernel)
 
 
 def test_weights_pass_between_a_wrapped_and_a_plain_model():
@@ -216,3 +216,30 @@ def test_what_is_no_layer_is_refused(function, wrong):
         "a `keras.layers.Layer`. Received: target=",
     ):
         getattr(keras_adafisher, function)(wrong)
+
+
+def test_layers_are_left_out_by_name():
+    """Also by `compile`, until another list comes."""
+    model = mlp()
+    first, second = (layer.name for layer in model.layers)
+
+    def factored():
+        return [bool(r.factors) for r in keras_adafisher.coverage(model).rows]
+
+    keras_adafisher.wrap(model, exclude_layers=[f"{first}$", "nothing"])
+    assert factored() == [False, False, True, True]
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.train_on_batch(*data(examples=8))
+    assert factored() == [False, False, True, True]
+    reason = keras_adafisher.coverage(model).rows[0].reason
+    assert reason == f"{first} is left out by `exclude_layers`"
+    keras_adafisher.wrap(model, exclude_layers=[second])
+    assert factored() == [True, True, False, False]
+    keras_adafisher.wrap(model, exclude_layers=[])
+    assert factored() == [True] * 4
+
+
+def test_exclude_layers_must_be_a_list_of_patterns():
+    for wrong in ("dense", [1], ["("]):
+        with pytest.raises(ValueError, match="`exclude_layers` must be a list"):
+            keras_adafisher.wrap(mlp(), exclude_layers=wrong)

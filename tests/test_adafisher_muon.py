@@ -1,0 +1,534 @@
+"""`AdaFisherMuon`: its steps against NumPy, and all that an optimizer does."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+from keras import ops
+from models import assert_close
+from models import assert_same
+from models import cnn
+from models import cross_entropy
+from models import data
+from models import image_data
+from models import mlp
+from models import product_loss
+from models import state
+from models import to_numpy
+from models import train
+from models import weights
+
+import keras_adafisher
+from keras_adafisher import AdaFisherMuon
+from keras_adafisher.optimizer import orthogonal
+
+BACKEND = keras.backend.backend()
+
+
+def linear(inputs, outputs, **kwargs):
+    model = keras.Sequential(
+        [
+            keras.Input((inputs,)),
+            keras.layers.Dense(outputs, use_bias=False),
+        ]
+    )
+    model.compile(AdaFisherMuon(**kwargs), loss=product_loss)
+    return model
+
+
+def batches(inputs, outputs, steps, rows=4):
+    """Inputs, and the gradients of the loss at the outputs."""
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        x = rng.normal(size=(rows, inputs)) * np.linspace(0.2, 2, inputs)
+        s = rng.normal(size=(rows, outputs)) * np.linspace(1, 3, outputs)
+        yield x.astype("float32"), s.astype("float32")
+
+
+class LinearReference:
+    """A dense layer without a bias, trained in NumPy."""
+
+    def __init__(self, weight, learning_rate=0.1, interval=1, **kwargs):
+        self.weight = weight.astype("float64")
+        self.learning_rate, self.interval = learning_rate, interval
+        self.factors = reference.LinearFactors(*weight.shape, 0, "mean")
+        rule = kwargs.pop("rule", reference.OrthogonalMomentum)
+        if "rule_interval" in kwargs:
+            kwargs["interval"] = kwargs.pop("rule_interval")
+        self.momentum = rule(weight.shape, 0.9, 0.1, **kwargs)
+        self.t = 0
+
+    def train(self, x, s):
+        if self.t % self.interval == 0:
+            self.factors.update(x, s, 0.2, 0.2)
+        step = self.momentum.step(
+            x.T @ s / s.size, self.factors.h, self.factors.s
+        )
+        self.weight -= self.learning_rate * step
+        self.t += 1
+
+
+RULES = {
+    "fresh": (False, {}),
+    "classical momentum": (False, {"nesterov": False}),
+    "kept": (
+        True,
+        {"rule": reference.KeptRootMomentum, "rule_interval": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("inputs, outputs", [(5, 3), (3, 5), (3, 1)])
+def test_the_rule(inputs, outputs, name):
+    keep_roots, rule = RULES[name]
+    model = linear(
+        inputs,
+        outputs,
+        learning_rate=0.1,
+        factor_damping=0.1,
+        weight_decay=None,
+        factor_update_steps=2,
+        keep_roots=keep_roots,
+        nesterov=rule.get("nesterov", True),
+    )
+    truth = LinearReference(weights(model)[0], interval=2, **rule)
+    for x, s in batches(inputs, outputs, 6):
+        model.train_on_batch(x, s)
+        truth.train(x, s)
+        np.testing.assert_allclose(weights(model)[0], truth.weight, atol=5e-5)
+
+
+def test_one_parameter_of_each_kind():
+    """Kernels are orthogonalized, all else takes `AdaFisher`'s own rule."""
+    model = cnn()
+    model.compile(AdaFisherMuon(), loss=cross_entropy())
+    directions = {
+        row.parameter.split("/", 1)[1]: row.direction
+        for row in keras_adafisher.coverage(model).rows
+    }
+    assert set(directions.values()) == {"orthogonalized", "diagonal"}
+    for name, direction in directions.items():
+        assert (direction == "orthogonalized") == name.endswith("kernel")
+
+
+def test_what_is_not_orthogonalized_is_as_adafisher_has_it():
+    """A layer that is left out takes the same steps as with `AdaFisherW`."""
+
+    def run(optimizer):
+        keras.utils.set_random_seed(1)
+        model = mlp()
+        model.compile(optimizer, loss=cross_entropy())
+        train(model, range(3))
+        return weights(model)
+
+    settings = {"learning_rate": 0.01, "weight_decay": 0.1}
+    ours = run(AdaFisherMuon(exclude_layers=["."], **settings))
+    assert_same(ours, run(keras_adafisher.AdaFisherW(**settings)))
+
+
+def test_layers_are_left_out_by_regular_expressions():
+    model = mlp()
+    first, second = (layer.kernel.path for layer in model.layers)
+    model.compile(AdaFisherMuon(exclude_layers=[f"^{first}$", "nothing"]))
+    directions = {
+        row.parameter: row.direction
+        for row in keras_adafisher.coverage(model).rows
+    }
+    assert directions[first] == "diagonal"
+    assert directions[second] == "orthogonalized"
+
+
+def test_without_whitening_it_is_muon():
+    """With a damping that outweighs the factors, all of them are equal."""
+    x, y = data(inputs=5, classes=3, examples=8)
+    results = []
+    for optimizer in (
+        AdaFisherMuon(0.1, factor_damping=1e9, weight_decay=None, beta=0.95),
+        keras.optimizers.Muon(
+            0.1,
+            rms_rate=None,
+            weight_decay=None,
+            adam_weight_decay=None,
+            momentum=0.95,
+        ),
+    ):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((5,)), keras.layers.Dense(3, use_bias=False)]
+        )
+        model.compile(optimizer, loss=cross_entropy())
+        for _ in range(5):
+            model.train_on_batch(x, y)
+        results.append(weights(model))
+    assert_close(*results, tolerance=5e-5)
+
+
+def test_the_name():
+    for name in ("adafishermuon", "AdaFisherMuon"):
+        assert isinstance(keras.optimizers.get(name), AdaFisherMuon)
+    model = mlp()
+    model.compile("adafishermuon", loss=cross_entropy())
+    train(model, range(2))
+    assert model.optimizer.iterations == 2
+
+
+def test_the_config():
+    optimizer = AdaFisherMuon(
+        0.5,
+        factor_damping=0.25,
+        ns_steps=3,
+        keep_roots=True,
+        exclude_layers=["head"],
+        beta=0.5,
+    )
+    config = keras.optimizers.serialize(optimizer)
+    copy = keras.optimizers.deserialize(config)
+    assert copy.get_config() == optimizer.get_config()
+    assert copy.get_config()["exclude_layers"] == ["head"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"factor_damping": 0}, "`factor_damping` must be a float > 0"),
+        ({"ns_steps": 0}, "`ns_steps` must be an integer from 1 to 6"),
+        ({"ns_steps": 2.5}, "`ns_steps` must be an integer from 1 to 6"),
+        ({"ns_steps": 7}, "`ns_steps` must be an integer from 1 to 6"),
+        ({"keep_roots": "never"}, '`keep_roots` must be a boolean or "auto"'),
+        ({"exclude_layers": "head"}, "`exclude_layers` must be a list of str"),
+        ({"exclude_layers": ["("]}, "`exclude_layers` must be a list of str"),
+        ({"momentum": 0.95}, "Did you mean `beta`"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AdaFisherMuon(**arguments)
+
+
+def test_there_is_no_published_method_of_it():
+    with pytest.raises(NotImplementedError, match="no orthogonalized steps"):
+        AdaFisherMuon.as_published()
+
+
+def test_what_is_left_out_is_the_same_in_a_loaded_model(tmp_path):
+    """Keras drops the model's name from the paths of one that is loaded."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(5, name="stem"),
+            keras.layers.Dense(3, name="head"),
+        ],
+        name="net",
+    )
+    model.compile(AdaFisherMuon(exclude_layers=["^stem/"]), cross_entropy())
+    train(model, range(2))
+
+    def directions(model):
+        return [row.direction for row in keras_adafisher.coverage(model).rows]
+
+    before = directions(model)
+    assert before[::2] == ["diagonal", "orthogonalized"]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert directions(loaded) == before
+    assert loaded.optimizer.iterations == 2
+    # As it was.
+    loaded.optimizer.exclude_layers = ("^stem/",)
+
+
+def test_what_is_decided_when_it_is_built():
+    model = mlp()
+    model.compile(AdaFisherMuon(), loss=cross_entropy())
+    train(model, range(1))
+    for name, value in {"keep_roots": True, "exclude_layers": ["a"]}.items():
+        with pytest.raises(ValueError, match=f"`{name}` decides which variab"):
+            setattr(model.optimizer, name, value)
+
+
+def test_an_orthogonalized_kernel_has_no_rate_for_each_entry():
+    model = mlp()
+    model.compile(AdaFisherMuon(), loss=cross_entropy())
+    train(model, range(1))
+    layer = model.layers[0]
+    assert model.optimizer.effective_learning_rate(layer.bias).shape == (5,)
+    with pytest.raises(
+        ValueError, match="steps of this one are orthogonalized"
+    ):
+        model.optimizer.effective_learning_rate(layer.kernel)
+    # The factors are there.
+    assert model.optimizer.preconditioner(layer.kernel).shape == (6, 5)
+
+
+SETTINGS = {
+    "fresh": {"keep_roots": False},
+    "kept": {"keep_roots": True, "factor_update_steps": 3},
+    "accumulation": {"gradient_accumulation_steps": 2, "keep_roots": True},
+    "clipping": {"global_clipnorm": 0.1},
+    "average": {"use_ema": True, "ema_momentum": 0.5},
+    "scaled loss": {"loss_scale_factor": 1024.0, "keep_roots": True},
+    "schedule": {
+        "learning_rate": keras.optimizers.schedules.CosineDecay(0.02, 30)
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_training_with_each_setting(name):
+    keras.utils.set_random_seed(0)
+    model = cnn()
+    model.compile(AdaFisherMuon(**SETTINGS[name]), loss=cross_entropy())
+    x, y = image_data()
+    losses = model.fit(x, y, 16, epochs=10, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(np.all(np.isfinite(v)) for v in state(model))
+
+
+@pytest.mark.parametrize("name", ["kept", "accumulation"])
+@pytest.mark.parametrize("steps", [2, 5])
+def test_resuming_is_as_if_there_had_been_no_interruption(
+    name, steps, tmp_path
+):
+    def fresh():
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        model.compile(AdaFisherMuon(**SETTINGS[name]), loss=cross_entropy())
+        return model
+
+    model = fresh()
+    train(model, range(steps))
+    model.save(tmp_path / "model.keras")
+    train(model, range(steps, 10))
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    train(resumed, range(steps, 10))
+    assert_same(state(resumed), state(model))
+
+
+def test_kernels_of_equal_sizes_share_their_products():
+    """The roots of all of them are in one variable."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(4),
+            keras.layers.Dense(6),
+            keras.layers.Dense(4),
+        ]
+    )
+    model.compile(AdaFisherMuon(keep_roots=True), loss="mse")
+    model.train_on_batch(np.ones((2, 6)), np.ones((2, 4)))
+    roots = {
+        v.name: tuple(v.shape)
+        for v in model.optimizer.variables
+        if "root" in v.name
+    }
+    assert roots == {"root_6x4": (2, 4, 4), "root_4x6": (1, 4, 4)}
+
+
+@pytest.mark.parametrize("inputs, outputs", [(8, 5), (5, 8), (6, 9)])
+def test_blocks_of_a_kept_root(inputs, outputs, monkeypatch):
+    """Each block along the smaller side takes a root of its own."""
+    monkeypatch.setattr(orthogonal, "LARGEST_BLOCK", 3)
+    is_tall = inputs > outputs
+    side = min(inputs, outputs)
+    block = -(-side // -(-side // 3))
+    axis = 1 if is_tall else 0
+
+    class Blocks(reference.KeptRootMomentum):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.parts = [
+                reference.KeptRootMomentum(*args, interval=2)
+                for _ in range(-(-side // block))
+            ]
+
+        def orthogonalized(self, x):
+            found = []
+            for number, part in enumerate(self.parts):
+                cut = np.take(
+                    x,
+                    range(number * block, min((number + 1) * block, side)),
+                    axis=axis,
+                )
+                missing = block - cut.shape[axis]
+                padding = [(0, 0), (0, 0)]
+                padding[axis] = (0, missing)
+                step = part.orthogonalized(np.pad(cut, padding))
+                found.append(np.take(step, range(cut.shape[axis]), axis=axis))
+            return np.concatenate(found, axis=axis)
+
+    model = linear(
+        inputs,
+        outputs,
+        learning_rate=0.1,
+        factor_damping=0.1,
+        weight_decay=None,
+        factor_update_steps=2,
+        keep_roots=True,
+    )
+    truth = LinearReference(weights(model)[0], interval=2, rule=Blocks)
+    for x, s in batches(inputs, outputs, 5):
+        model.train_on_batch(x, s)
+        truth.train(x, s)
+        np.testing.assert_allclose(weights(model)[0], truth.weight, atol=2e-4)
+
+
+def test_batches_of_limited_size(monkeypatch):
+    """They change nothing but the memory that is taken."""
+
+    def run():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((6,)), *(keras.layers.Dense(6) for _ in range(3))]
+        )
+        model.compile(AdaFisherMuon(), loss="mse")
+        model.fit(np.ones((4, 6)), np.eye(4, 6), epochs=3, verbose=0)
+        return weights(model)
+
+    together = run()
+    monkeypatch.setattr(orthogonal, "LARGEST_BATCH", 40)
+    assert_close(run(), together, 1e-5)
+
+
+def test_without_a_root_a_kernel_moves_along_its_momentum():
+    model = linear(4, 3, keep_roots=True, weight_decay=None)
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    # No step at which roots are made.
+    optimizer.iterations.assign(1001)
+    (kernel,) = weights(model)
+    x, s = next(batches(4, 3, 1))
+    model.train_on_batch(x, s)
+    change = kernel - weights(model)[0]
+    direction = x.T @ s
+    expected = 0.04 * 3**0.5 * direction / np.linalg.norm(direction)
+    np.testing.assert_allclose(change, expected, rtol=1e-4)
+
+
+def test_its_state_is_no_larger_than_adams():
+    """One momentum, and a root of the smaller side at most."""
+    model = keras.Sequential(
+        [keras.Input((32,)), keras.layers.Dense(32), keras.layers.Dense(8)]
+    )
+    sizes = {}
+    for make in (keras.optimizers.Adam, lambda: AdaFisherMuon(keep_roots=True)):
+        model.compile(make(), loss="mse")
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+        sizes[optimizer.name.split("_")[0]] = sum(
+            np.prod(v.shape, dtype=int) for v in optimizer.variables
+        )
+    assert sizes["adafishermuon"] <= sizes["adam"]
+
+
+def test_a_kernel_without_a_gradient_stays():
+    inputs = keras.Input((6,))
+    used, unused = keras.layers.Dense(3), keras.layers.Dense(3)
+    model = keras.Model(inputs, [used(inputs), unused(inputs)])
+    optimizer = AdaFisherMuon(keep_roots=True, weight_decay=None)
+    model.compile(optimizer, loss=[cross_entropy(), None])
+    before = weights(model)
+    x, y = data(examples=8)
+    for _ in range(3):
+        model.train_on_batch(x, [y, y])
+    np.testing.assert_array_equal(weights(model)[2], before[2])
+    assert not np.array_equal(weights(model)[0], before[0])
+
+
+@pytest.mark.parametrize("keep_roots", [True, False])
+def test_a_gradient_of_zeros_moves_nothing(keep_roots):
+    model = linear(4, 3, keep_roots=keep_roots, weight_decay=None)
+    before = weights(model)
+    for _ in range(3):
+        model.train_on_batch(np.ones((2, 4)), np.zeros((2, 3)))
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("keep_roots", [True, False])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_no_step_is_larger_than_the_learning_rate_allows(keep_roots, scale):
+    """Whatever comes: a semi-orthogonal step, whitened by factors above 0."""
+    model = linear(4, 3, keep_roots=keep_roots, weight_decay=None)
+    optimizer = model.optimizer
+    rng = np.random.default_rng(0)
+    for step in range(15):
+        before = weights(model)[0]
+        s = rng.normal(size=(2, 3)) * scale ** (step % 3 - 1)
+        model.train_on_batch(rng.normal(size=(2, 4)), s)
+        change = weights(model)[0] - before
+        assert np.all(np.isfinite(change))
+        # `(H + damping) / mean` isn't below a 1 / (1 + 1 / damping).
+        largest = 3**0.5 * (1 + 1 / optimizer.factor_damping)
+        rate = float(to_numpy(optimizer.learning_rate))
+        assert np.linalg.norm(change) <= 1.3 * rate * largest
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "mixed_float16"])
+def test_half_precision(dtype):
+    keras.utils.set_random_seed(0)
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = mlp()
+    finally:
+        keras.config.set_dtype_policy(policy)
+    model.compile(AdaFisherMuon(keep_roots=True), loss=cross_entropy())
+    x, y = data()
+    losses = model.fit(x, y, 16, epochs=6, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert all(np.all(np.isfinite(w.astype("float32"))) for w in weights(model))
+
+
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_one_decision_for_a_step_or_for_each_layer(scope):
+    def run(scope):
+        keras.utils.set_random_seed(0)
+        keras_adafisher.set_decision_scope(scope)
+        try:
+            model = mlp()
+            model.compile(AdaFisherMuon(**SETTINGS["kept"]), cross_entropy())
+            train(model, range(8))
+        finally:
+            keras_adafisher.set_decision_scope("auto")
+        return weights(model)
+
+    assert_close(run(scope), run("layer"), tolerance=2e-6)
+
+
+def test_layers_of_all_kinds():
+    inputs = keras.Input((8, 8, 4))
+    h = keras.layers.Conv2D(6, 3, groups=2, activation="tanh")(inputs)
+    h = keras.layers.DepthwiseConv2D(3)(h)
+    h = keras.layers.Conv2DTranspose(4, 2)(h)
+    h = keras.layers.Reshape((25, 4))(h)
+    h = keras.layers.MultiHeadAttention(2, 3)(h, h)
+    h = keras.layers.GRU(5)(h)
+    model = keras.Model(inputs, keras.layers.Dense(3)(h))
+    model.compile(AdaFisherMuon(), loss=cross_entropy())
+    kept = {
+        row.parameter.split("/")[0]: row.direction
+        for row in keras_adafisher.coverage(model).rows
+        if row.parameter.endswith("kernel")
+    }
+    names = {name.rstrip("_0123456789") for name in kept}
+    assert names == {
+        *("conv2d", "depthwise_conv2d", "conv2d_transpose", "gru", "dense"),
+        "multi_head_attention",
+    }
+    for name, direction in kept.items():
+        assert (direction == "diagonal") == name.startswith("depthwise")
+    x = np.random.default_rng(0).normal(size=(12, 8, 8, 4)).astype("float32")
+    y = np.arange(12) % 3
+    losses = model.fit(x, y, 6, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_custom_loop():
+    model = mlp()
+    optimizer = AdaFisherMuon(weight_decay=None, keep_roots=True)
+    keras_adafisher.wrap(model)
+    optimizer.build(model.trainable_variables)
+    gradients = [ops.ones(v.shape) for v in model.trainable_variables]
+    before = weights(model)
+    optimizer.apply(gradients, model.trainable_variables)
+    for old, new in zip(before, weights(model), strict=True):
+        assert np.all(new < old)
