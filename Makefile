@@ -18,7 +18,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 
-.PHONY: demo test test-oldest test-models test-long mutations bench \
+.PHONY: demo test test-once test-oldest test-models test-long mutations bench \
   bench-quick bench-gpu bench-gpu-tiny quality quality-quick docs dist \
   docs-analysis docs-coverage docs-compatibility docs-distributed docs-gallery \
   lint format clean \
@@ -27,12 +27,20 @@ test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 demo: $(VENV)/.demo-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/digits.py
 
-# Stops at the first backend that fails.
-test: $(addprefix test-,$(BACKENDS))
+# Stops at the first part that fails.
+test: test-once $(addprefix test-,$(BACKENDS))
+
+# What doesn't depend on the backend: files, pages, arguments, pictures.
+test-once: $(VENV)/.test
+	@echo "== Tests that are the same with each backend"
+	@KERAS_BACKEND=jax $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
+	  -m "once and not slow" \
+	  || { echo "== FAILED, whatever the backend"; exit 1; }
 
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
 	@echo "== Tests with the $* backend"
 	@KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
+	  -m "not once and not slow" \
 	  || { echo "== FAILED with the $* backend"; exit 1; }
 
 # The suite with the oldest versions that pyproject.toml allows, each backend
@@ -41,7 +49,8 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/.test
 test-oldest: $(addprefix test-oldest-,$(BACKENDS))
 
 $(addprefix test-oldest-,$(BACKENDS)): test-oldest-%:
-	$(MAKE) test-$* VENV=.venv-oldest-$* CONSTRAINTS=constraints-oldest.txt \
+	$(MAKE) $(if $(filter jax,$*),test-once) test-$* \
+	  VENV=.venv-oldest-$* CONSTRAINTS=constraints-oldest.txt \
 	  TEST_EXTRAS=$*,test-without-hub
 
 # Also the models that take some backend minutes to compile.
@@ -53,16 +62,18 @@ test-models: $(VENV)/.test
 	    || exit 1; \
 	done
 
-# Tests that take long: 20 times as many random layers and models, ten processes
+# Tests that take long: 60 times as many random layers and models, ten processes
 # that are killed, 20,000 steps. An hour.
-test-long: export ADAFISHER_CASES ?= 20
+test-long: export ADAFISHER_CASES ?= 6000
 test-long: $(VENV)/.test
+	@echo "== Long tests that are the same with each backend"
+	@KERAS_BACKEND=jax $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
+	  -m once tests/test_benchmarks.py tests/test_gpu_benchmark.py
 	@for backend in $(BACKENDS); do \
 	  echo "== Long tests with the $$backend backend"; \
 	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
-	    $(PYTEST_ARGS) -m "slow or not slow" tests/test_benchmarks.py \
-	    tests/test_examples.py tests/test_faults.py \
-	    tests/test_gpu_benchmark.py tests/test_long_run.py \
+	    $(PYTEST_ARGS) -m "not once" tests/test_examples.py \
+	    tests/test_faults.py tests/test_long_run.py \
 	    tests/test_properties.py || exit 1; \
 	done
 
@@ -86,24 +97,24 @@ bench bench-quick: $(VENV)/.test
 	      --level $(BENCH_LEVEL) $(BENCH_ARGS) || exit 1; \
 	  done; \
 	done
-	$(BIN)/python docs/performance.py --output $(BENCH_OUTPUT) \
+	$(BIN)/python -m tools.report.performance --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 
 # Writes docs/performance_gpu.md, in eight minutes on a machine with a GPU. With an
 # interpreter that has JAX and PyTorch for it, and Keras: `GPU_PYTHON=python3`.
 bench-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/.test)
 	$(GPU_PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
-	$(GPU_PYTHON) tools/report/performance_gpu.py
+	$(GPU_PYTHON) -m tools.report.performance_gpu
 
 # Whether that works, on a CPU: all of it in a tiny form, in two minutes.
 bench-gpu-tiny: $(VENV)/.test
 	$(BIN)/python benchmarks/gpu.py --tiny
-	$(BIN)/python tools/report/performance_gpu.py \
+	$(BIN)/python -m tools.report.performance_gpu \
 	  --results benchmarks/results/tiny --output benchmarks/results/tiny
 
 # Writes docs/quality.md. What was measured before is kept, also what the
 # repository has: that is how an interrupted run goes on. To measure all anew, in
-# less than an hour on two cores: `make quality BENCH_ARGS=--fresh`.
+# three quarters of an hour on two cores: `make quality BENCH_ARGS=--fresh`.
 quality: BENCH_LEVEL := full
 quality: BENCH_OUTPUT := docs
 
@@ -114,7 +125,7 @@ quality-quick: BENCH_OUTPUT := benchmarks/results/quick
 quality quality-quick: $(VENV)/.test
 	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality.py \
 	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
-	$(BIN)/python docs/quality.py --output $(BENCH_OUTPUT) \
+	$(BIN)/python -m tools.report.quality --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 
 # The site, in site/. Fails on a broken link or anchor. Needs no network once
@@ -130,27 +141,28 @@ dist: $(VENV)/.dist
 
 # Writes docs/coverage.md.
 docs-coverage: $(VENV)/.test
-	$(BIN)/python docs/coverage.py
+	$(BIN)/python -m tools.report.coverage
 
 # Draws the pictures of docs/analysis.md, and writes its table.
 docs-analysis: $(VENV)/.test
-	$(BIN)/python docs/analysis.py
+	$(BIN)/python -m tools.report.analysis
 
-# Draws the pictures of docs/gallery.md, and writes the page.
+# Draws the pictures of docs/gallery.md.
 docs-gallery: $(VENV)/.test
-	KERAS_BACKEND=jax $(BIN)/python tools/gallery.py
+	KERAS_BACKEND=jax $(BIN)/python -m tools.report.gallery
 
 # Writes docs/compatibility.md.
 docs-compatibility: $(VENV)/.test
-	$(BIN)/python docs/compatibility.py
+	$(BIN)/python -m tools.report.compatibility
 
 # Writes the table of docs/distributed.md.
 docs-distributed: $(VENV)/.test
-	$(BIN)/python docs/distributed.py
+	$(BIN)/python -m tools.report.distributed
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/mypy
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format
@@ -171,7 +183,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.lint: $(BIN)/python pyproject.toml $(CONSTRAINTS)
-	$(PIP_INSTALL) "ruff>=0.17"
+	$(PIP_INSTALL) "mypy>=2.4" "ruff>=0.17"
 	@touch $@
 
 # Without a backend: the docstrings are read, not imported.
