@@ -90,7 +90,8 @@ class Inspection:
         Raises:
             ValueError: As `factors`.
         """
-        return self.fisher_diagonal(variable) + self.damping
+        index = self._factored_index(variable)
+        return ops.broadcast_to(self._fisher(index), variable.shape)
 
     def _factored_index(self, variable):
         """The number of a parameter with factors, or a `ValueError`."""
