@@ -51,6 +51,19 @@ def fit(model, history, epochs=2, **kwargs):
     model.fit(*data(), epochs=epochs, callbacks=[history], **FIT, **kwargs)
 
 
+def test_an_orthogonalized_kernel_has_no_rate_for_each_entry():
+    model = compiled(keras_adafisher.AdaFisherMuon())
+    history = FisherHistory()
+    fit(model, history, epochs=1)
+    recorded = {(r.parameter, r.quantity) for r in history.records}
+    for layer in model.layers:
+        quantities = ["fisher", "activation", "gradient"]
+        kernel = {(layer.kernel.path, name) for name in quantities}
+        assert kernel <= recorded
+        assert (layer.kernel.path, "effective_learning_rate") not in recorded
+        assert (layer.bias.path, "effective_learning_rate") in recorded
+
+
 def test_records_are_those_of_the_fisher_diagonal():
     model, history = compiled(), FisherHistory()
     fit(model, history)

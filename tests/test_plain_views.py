@@ -80,6 +80,14 @@ def test_an_exported_model_has_no_trace_of_probes(tmp_path):
     )
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="plain Keras fails with PyTorch")
+def test_a_model_whose_optimizer_averages_weights_is_exported(tmp_path):
+    pytest.importorskip("tensorflow")
+    model = trained(keras_adafisher.AdaFisher(use_ema=True))
+    export_savedmodel(model, tmp_path / "model")
+    assert (tmp_path / "model" / "saved_model.pb").exists()
+
+
 @pytest.mark.skipif(
     BACKEND != "tensorflow",
     reason="not tried: JAX has no LiteRT export, PyTorch needs litert-torch",

@@ -196,7 +196,8 @@ class FisherHistory(DistributionHistory):
       momentum is divided.
     - `"effective_learning_rate"`: what the momentum is multiplied by, the
       learning rate divided by that and, with `rms_decay`, by the root mean
-      square of the steps.
+      square of the steps. Kernels that `AdaFisherMuon` orthogonalizes have
+      none.
     - `"activation"` and `"gradient"`: the running factors `H` and `S`. For a
       bias, `H` is the factor of the input that is always 1. A weight that is
       used in two ways (a tied embedding) has `"activation_1"` and
@@ -252,8 +253,9 @@ class FisherHistory(DistributionHistory):
             for variable, factors in _factors(adafisher):
                 fisher = _numpy(adafisher.preconditioner(variable))
                 yield variable, "fisher", fisher
-                rate = _numpy(adafisher.effective_learning_rate(variable))
-                yield variable, "effective_learning_rate", rate
+                if not adafisher.orthogonalizes(variable):
+                    rate = _numpy(adafisher.effective_learning_rate(variable))
+                    yield variable, "effective_learning_rate", rate
                 for index, pair in enumerate(factors):
                     suffix = f"_{index}" if index else ""
                     yield variable, f"activation{suffix}", _numpy(pair[0])

@@ -135,7 +135,7 @@ class Inspection:
         """
         denominator = self.preconditioner(variable)
         index = self._index_of(variable)
-        if self._orthogonal is not None and index in self._orthogonal.kernels:
+        if self.orthogonalizes(variable):
             raise ValueError(
                 "Argument `variable` must be a variable whose momentum is "
                 "divided entry by entry. The steps of this one are "
@@ -147,6 +147,24 @@ class Inspection:
             root = self._mean_squares.of(roots, index)
             denominator = denominator * ops.where(self.iterations > 0, root, 1)
         return ops.cast(self.learning_rate, "float32") / denominator
+
+    def orthogonalizes(self, variable: keras.Variable) -> bool:
+        """Whether the steps of a parameter are orthogonalized.
+
+        Args:
+            variable: A variable that the optimizer was built with.
+
+        Returns:
+            Bool: `True` for most kernels of `AdaFisherMuon`, which have no
+            `effective_learning_rate`.
+
+        Raises:
+            ValueError: As `factors`.
+        """
+        index = self._factored_index(variable)
+        return self._orthogonal is not None and index in (
+            self._orthogonal.kernels
+        )
 
     def direction_of(
         self,

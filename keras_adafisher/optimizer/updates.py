@@ -145,8 +145,10 @@ class Updates:
 
         if self.use_ema:
             # Keras has `None` in the place of a probe's average, and wants as
-            # many as there are variables of the model.
-            del self._model_variables_moving_average[weight_count:]
+            # many as there are variables of the model. (A new list: TensorFlow
+            # exports no model with a list that something was deleted from.)
+            averages = self._model_variables_moving_average
+            self._model_variables_moving_average = averages[:weight_count]
 
     def apply(
         self,
