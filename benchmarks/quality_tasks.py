@@ -116,22 +116,24 @@ def mnist(size=28):
     return x.mean(axis=(2, 4))[..., None], y.astype("int32")
 
 
+def dense_classifier(size):
+    """A dense network for MNIST's images of some size."""
+    return keras.Sequential(
+        [
+            keras.Input((size, size, 1)),
+            layers.Flatten(),
+            layers.Dense(256, activation="relu"),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+
+
 def mnist_mlp():
     x, y = mnist()
 
-    def make_model():
-        return keras.Sequential(
-            [
-                keras.Input((28, 28, 1)),
-                layers.Flatten(),
-                layers.Dense(256, activation="relu"),
-                layers.Dense(128, activation="relu"),
-                layers.Dense(10),
-            ]
-        )
-
     return QualityTask(
-        make_model,
+        lambda: dense_classifier(28),
         *split(x, y, 1000, 1000),
         batch_size=64,
         parts=16,
@@ -143,19 +145,8 @@ def large_batches():
     """A third of the training images in a batch."""
     x, y = mnist(14)
 
-    def make_model():
-        return keras.Sequential(
-            [
-                keras.Input((14, 14, 1)),
-                layers.Flatten(),
-                layers.Dense(256, activation="relu"),
-                layers.Dense(128, activation="relu"),
-                layers.Dense(10),
-            ]
-        )
-
     return QualityTask(
-        make_model,
+        lambda: dense_classifier(14),
         *split(x, y, 1000, 1000),
         batch_size=1024,
         parts=10,

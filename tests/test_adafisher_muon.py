@@ -1,5 +1,7 @@
 """`AdaFisherMuon`: its steps against NumPy, and all that an optimizer does."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -53,8 +55,6 @@ class LinearReference:
         self.learning_rate, self.interval = learning_rate, interval
         self.factors = reference.LinearFactors(*weight.shape, 0, "mean")
         rule = kwargs.pop("rule", reference.OrthogonalMomentum)
-        if "rule_interval" in kwargs:
-            kwargs["interval"] = kwargs.pop("rule_interval")
         self.momentum = rule(weight.shape, 0.9, 0.1, **kwargs)
         self.t = 0
 
@@ -73,7 +73,7 @@ RULES = {
     "classical momentum": (False, {"nesterov": False}),
     "kept": (
         True,
-        {"rule": reference.KeptRootMomentum, "rule_interval": 2},
+        {"rule": functools.partial(reference.KeptRootMomentum, interval=2)},
     ),
 }
 

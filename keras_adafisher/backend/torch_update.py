@@ -82,20 +82,21 @@ class Updater:
             ):
                 index = self._get_variable_index(variable)
                 value = variable.value
+                has_direction = index in self._update.directions
                 is_factored = bool(self._fishers[index])
-                if index in self._update.directions:
-                    is_factored = None
-                groups[is_factored, value.dtype, value.device].append(
+                kind = has_direction, is_factored
+                groups[kind, value.dtype, value.device].append(
                     (index, value, gradient)
                 )
-            for (is_factored, *_, device), group in groups.items():
+            for (kind, _, device), group in groups.items():
+                has_direction, is_factored = kind
                 for batch in _batches(group, device):
-                    if is_factored is None:
+                    if has_direction:
                         self._move_batch(*batch, learning_rate)
-                        continue
-                    self._update_batch(
-                        is_factored, *batch, learning_rate, roots
-                    )
+                    else:
+                        self._update_batch(
+                            is_factored, *batch, learning_rate, roots
+                        )
 
     def _move_batch(self, indices, values, gradients, learning_rate):
         """Move along the directions that are computed already."""

@@ -31,7 +31,8 @@ class Measuring:
     def measures_anything(self) -> bool | Tensor:
         """Whether anything is measured at the step that comes next.
 
-        The factors or, with `rms_decay`, the size of the steps.
+        The factors, with `rms_decay` the size of the steps, or what kept roots
+        are made from.
 
         Returns:
             Bool or boolean tensor.

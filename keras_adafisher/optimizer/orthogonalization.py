@@ -22,6 +22,7 @@ Nothing in this file knows about layers, variables or optimizers.
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.backend import precise_matmul
 
 # Of the quintic polynomial that Muon iterates: a x + b x³ + c x⁵. It is steep
 # at zero, and takes what is between 0 and 1 to between 0.7 and 1.2.
@@ -67,9 +68,9 @@ def inverse_root(gram, steps):
     root = None
     for step in range(steps):
         polynomial = _polynomial(gram)
-        root = polynomial if root is None else _product(polynomial, root)
+        root = polynomial if root is None else precise_matmul(polynomial, root)
         if step + 1 < steps:
-            gram = _product(_product(polynomial, gram), polynomial)
+            gram = precise_matmul(precise_matmul(polynomial, gram), polynomial)
     return root
 
 
@@ -108,9 +109,9 @@ class Whitened:
         """
         first, second = self._matrices, self._scaled
         if self._is_tall:
-            gram = _product(ops.swapaxes(first, -1, -2), second)
+            gram = precise_matmul(ops.swapaxes(first, -1, -2), second)
         else:
-            gram = _product(first, ops.swapaxes(second, -1, -2))
+            gram = precise_matmul(first, ops.swapaxes(second, -1, -2))
         gram = gram * self._unit * self._by_small()
         squares = ops.trace(gram, axis1=-2, axis2=-1)[..., None, None]
         return gram / ops.maximum(squares, _TINY), squares
@@ -158,12 +159,13 @@ class Whitened:
             Tensor of shape `(count, m, n)`: `r O c`, where `O` has a Frobenius
             norm of `sqrt(side)` at most, as a semi-orthogonal matrix has it.
         """
-        x = self._matrices * self._unit * self._rows * self._columns
-        squares = ops.sum(ops.square(x), axis=(-2, -1), keepdims=True)
-        step = self._times(root, squares)
-        o = step / (self._rows * self._columns)
-        squares = ops.sum(ops.square(o), axis=(-2, -1), keepdims=True)
+        step = self._times(root, _squares(self._whole()))
+        squares = _squares(step / (self._rows * self._columns))
         return step * ops.sqrt(self._side / ops.maximum(squares, self._side))
+
+    def _whole(self):
+        """`X`, but for its norm: a pass over all of it."""
+        return self._matrices * self._unit * self._rows * self._columns
 
     def _by_small(self):
         """What a matrix of the smaller side is whitened by, on both sides."""
@@ -175,8 +177,8 @@ class Whitened:
         norm = ops.sqrt(ops.maximum(squares, _TINY))
         root = root * (self._by_small() / norm)
         if self._is_tall:
-            return _product(self._scaled, root)
-        return _product(root, self._scaled)
+            return precise_matmul(self._scaled, root)
+        return precise_matmul(root, self._scaled)
 
     def _step_in_half_precision(self, steps):
         """Many times as fast where a device has units for it.
@@ -185,9 +187,9 @@ class Whitened:
         more after a few steps, and what is negative grows. So each polynomial
         begins with a new one.
         """
-        x = self._matrices * self._unit * self._rows * self._columns
-        squares = ops.sum(ops.square(x), axis=(-2, -1), keepdims=True)
-        x = ops.cast(x / ops.sqrt(ops.maximum(squares, _TINY)), "bfloat16")
+        x = self._whole()
+        norm = ops.sqrt(ops.maximum(_squares(x), _TINY))
+        x = ops.cast(x / norm, "bfloat16")
         for _ in range(steps):
             transposed = ops.swapaxes(x, -1, -2)
             if self._is_tall:
@@ -201,8 +203,9 @@ class Whitened:
 def _polynomial(gram):
     a, b, c = COEFFICIENTS
     identity = ops.eye(gram.shape[-1], dtype=gram.dtype)
-    return a * identity + b * gram + c * _product(gram, gram)
+    return a * identity + b * gram + c * precise_matmul(gram, gram)
 
 
-def _product(x, y):
-    return backend.precise_matmul(x, y)
+def _squares(matrices):
+    """The squares of Frobenius norms, of shape `(count, 1, 1)`."""
+    return ops.sum(ops.square(matrices), axis=(-2, -1), keepdims=True)

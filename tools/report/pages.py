@@ -1,5 +1,6 @@
 """What the programs share that write pages. Imports no other package."""
 
+import argparse
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -8,6 +9,28 @@ BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 
 # What is between these lines of a page is written by a program.
 _BEGIN, _END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+
+def parser(description, results=None):
+    """A command line with the folders to read from and to write to.
+
+    Args:
+        description: String, what the program says of itself.
+        results: String, the folder of `benchmarks/results` that is read by
+            default. Defaults to `None`: the command line must say it.
+
+    Returns:
+        `argparse.ArgumentParser`, with `--results` and `--output`.
+    """
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument(
+        "--results",
+        type=pathlib.Path,
+        required=results is None,
+        default=results and ROOT / "benchmarks" / "results" / results,
+    )
+    made.add_argument("--output", type=pathlib.Path, default=DOCS)
+    return made
 
 
 def fill(program, name="page.md", **values):

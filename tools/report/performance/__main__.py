@@ -1,8 +1,5 @@
 """Write docs/performance.md and its plots."""
 
-import argparse
-import pathlib
-
 import matplotlib.pyplot as plt
 
 from tools.report import pages
@@ -68,13 +65,7 @@ def conditions(found, data):
 
 def main():
     """Read the command line, and write the page and the plots."""
-    parser = argparse.ArgumentParser(description=performance.__doc__)
-    parser.add_argument(
-        "--results",
-        type=pathlib.Path,
-        default=pages.ROOT / "benchmarks" / "results" / "full",
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pages.DOCS)
+    parser = pages.parser(performance.__doc__, results="full")
     arguments = parser.parse_args()
 
     found = load(arguments.results)

@@ -1,8 +1,5 @@
 """Write docs/performance_gpu.md."""
 
-import argparse
-import pathlib
-
 from tools.report import pages
 from tools.report import performance_gpu
 from tools.report.performance_gpu.page import page
@@ -11,13 +8,7 @@ from tools.report.performance_gpu.results import load
 
 def main():
     """Read the command line, and write the page."""
-    parser = argparse.ArgumentParser(description=performance_gpu.__doc__)
-    parser.add_argument(
-        "--results",
-        type=pathlib.Path,
-        default=pages.ROOT / "benchmarks" / "results" / "gpu",
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pages.DOCS)
+    parser = pages.parser(performance_gpu.__doc__, results="gpu")
     arguments = parser.parse_args()
     found = load(arguments.results)
     if not found:

@@ -1,8 +1,5 @@
 """Write docs/quality.md and its plots."""
 
-import argparse
-import pathlib
-
 from tools.report import pages
 from tools.report import quality
 from tools.report.quality import figures
@@ -107,10 +104,7 @@ def by_hand():
 
 def main():
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=quality.__doc__)
-    parser.add_argument("--results", type=pathlib.Path, required=True)
-    parser.add_argument("--output", type=pathlib.Path, default=pages.DOCS)
-    arguments = parser.parse_args()
+    arguments = pages.parser(quality.__doc__).parse_args()
     results = load(arguments.results)
     if not results:
         raise SystemExit(f"No complete results in {arguments.results}.")
