@@ -25,7 +25,7 @@ from models import gpt
 from models import mlp
 from models import resnet
 
-from keras_adafisher.wrappers import base
+from keras_adafisher.probe import Probe
 
 # From what grows to the model and the sizes.
 SWEEPS = {
@@ -68,11 +68,11 @@ def activation_bytes(task):
     """Bytes of `h` and `s` of all taps in a step."""
     sizes = []
 
-    def count(z, h, probe):
+    def count(probe, z, h):
         sizes.extend(math.prod(t.shape) * 4 for t in (z, h))
         return z
 
-    with mock.patch.object(base, "tap", count):
+    with mock.patch.object(Probe, "tap", count):
         task.model(task.x, training=True)
     return sum(sizes)
 

@@ -130,7 +130,7 @@ def window_mean(x, axis, kernel_size, stride, dilation, padding):
         outputs = (size + stride - 1) // stride
         needed = (outputs - 1) * stride + reach + 1 - size
         causal = padding == "causal"
-        before = reach if causal else backend.at_least_zero(needed) // 2
+        before = reach if causal else _at_least_zero(needed) // 2
 
     return backend.window_mean(
         x, axis, kernel_size, stride, dilation, before, outputs
@@ -185,3 +185,8 @@ def _mean_to_shape(x, shape):
 
 def _one_if_zero(x):
     return ops.where(x > 0, x, ops.ones_like(x))
+
+
+def _at_least_zero(size):
+    """The larger of a size, which may be a tensor, and 0."""
+    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)

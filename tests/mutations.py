@@ -31,10 +31,12 @@ BLOCK = "factors/block_factors.py"
 FACTORS = "factors/normalization.py"
 HOOKS = "integration/keras_hooks.py"
 STATISTICS = "statistics.py"
-PROBE = "probe.py"
-ROWS = "factors/segments.py"
-STEPS = "steps.py"
-UPDATE = "backend/torch_update.py"
+SEGMENTS = "factors/segments.py"
+PROBE = "probe/probe.py"
+PROBES = "probe/variables.py"
+TORCH_PROBE = "probe/torch.py"
+STEPS = "steps/step.py"
+UPDATE = "optimizer/torch_update.py"
 TORCH = "backend/torch.py"
 COMMON = "backend/common.py"
 
@@ -162,8 +164,8 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "x = ops.where(self._is_one, 1.0, x)",
-        "x = ops.where(self._is_one, 0.0, x)",
+        "x = ops.where(self._is_bias_input, 1.0, x)",
+        "x = ops.where(self._is_bias_input, 0.0, x)",
         "test_optimizer",
     ),
     Mutation(
@@ -173,9 +175,9 @@ MUTATIONS = [
         "test_optimizer",
     ),
     Mutation(
-        UPDATE,
-        "if update >= 0 else 2**31",
-        "if True else 2**31",
+        RULE,
+        "return step if step > 0 else 2**31",
+        "return step",
         "test_long_run",
     ),
     Mutation(
@@ -212,19 +214,19 @@ MUTATIONS = [
     ),
     Mutation(
         ORTHOGONALIZATION,
-        "root = root * (self._by_small() / norm)",
-        "root = root / norm",
+        "return o * (self._scales * bound)",
+        "return o * bound",
         "test_orthogonalization",
     ),
     Mutation(
         ORTHOGONALIZATION,
-        "floor = ROOT_DAMPING / self._side",
-        "floor = 0",
+        "damped = grams + ROOT_DAMPING / side",
+        "damped = grams + 0 / side",
         "test_orthogonalization",
     ),
     Mutation(
         ORTHOGONAL,
-        "return max(1.0, outputs / inputs) ** 0.5",
+        "return max(1.0, self._outputs / self._inputs) ** 0.5",
         "return 1.0",
         "test_adafisher_muon",
     ),
@@ -272,21 +274,21 @@ MUTATIONS = [
         "test_faults",
     ),
     Mutation(
-        TORCH,
+        TORCH_PROBE,
         "any(o.measures_factors() for o in optimizers)",
         "all(o.measures_factors() for o in optimizers)",
         "test_sharing",
     ),
     Mutation(
-        TORCH,
-        "        earlier = None\n    if earlier",
-        "        pass\n    if earlier",
+        TORCH_PROBE,
+        "            earlier = None\n        if earlier",
+        "            pass\n        if earlier",
         "test_torch test_optimizer test_faults",
     ),
     Mutation(
-        TORCH,
-        "    probe.answer = None\n    probe.tensor",
-        "    probe.tensor",
+        TORCH_PROBE,
+        "        self.answer = None\n        self.tensor.grad",
+        "        self.tensor.grad",
         "test_torch test_optimizer",
     ),
     Mutation(
@@ -297,7 +299,7 @@ MUTATIONS = [
         "tensorflow",
     ),
     Mutation(
-        HOOKS,
+        "integration/compile_hook.py",
         "        if previous is not optimizer:",
         "        if False:",
         "test_sharing test_hooks",
@@ -326,15 +328,15 @@ MUTATIONS = [
     ),
     Mutation(
         BLOCK,
-        "            return [[one, activation], *([name] for name in others)]",
-        "            return [[name] for name in self.shapes()]",
+        "[[bias_input, activation], *([name] for name in others)]",
+        "[[bias_input], [activation], *([name] for name in others)]",
         "test_properties test_wrapper_dense",
     ),
     Mutation(
         STORE,
         'return x, ops.isfinite(found["mean"])',
         "return x, ops.ones_like(x) > 0",
-        "test_curvature",
+        "test_factor_store",
     ),
     Mutation(
         STORE,
@@ -362,15 +364,15 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        '["gradient" in names[-1] for _, names in rows]',
-        "[True for _, names in rows]",
-        "test_optimizer test_curvature",
+        '["gradient" in names[-1] for _, names in segments]',
+        "[True for _, names in segments]",
+        "test_optimizer test_factor_store",
     ),
     Mutation(
         STORE,
-        "rows_of_blocks[number].append(row)",
+        "segments_of_blocks[number].append(segment)",
         "rows_of_blocks[number] = [row]",
-        "test_curvature test_faults",
+        "test_factor_store test_faults",
     ),
     Mutation(
         STORE,
@@ -382,7 +384,7 @@ MUTATIONS = [
         STORE,
         "ops.any(weight != 0)",
         "ops.any(weight == weight)",
-        "test_uncalled_layers test_unfactored_layers test_curvature",
+        "test_uncalled_layers test_unfactored_layers test_factor_store",
     ),
     Mutation(
         TORCH,
@@ -424,7 +426,7 @@ MUTATIONS = [
     ),
     Mutation(
         STATISTICS,
-        "before = reach if causal else backend.at_least_zero(needed) // 2",
+        "before = reach if causal else _at_least_zero(needed) // 2",
         "before = reach if causal else backend.at_least_zero(needed + 1) // 2",
         "test_wrapper_conv",
     ),
@@ -470,7 +472,7 @@ MUTATIONS = [
         STORE,
         "answers = ops.where(answers < 0, np.float32(np.nan), answers)",
         "answers = ops.where(answers < 0, np.float32(0), answers)",
-        "test_curvature",
+        "test_factor_store",
     ),
     Mutation(
         STEPS,
@@ -487,41 +489,41 @@ MUTATIONS = [
     # Large variables in parts.
     Mutation(
         BLOCK,
-        "factor[rows] if has_rows else factor",
+        "factor[cut] if has_axis else factor",
         "factor",
-        "test_curvature test_torch_update",
+        "test_factor_store test_torch_update",
     ),
     Mutation(
         UPDATE,
-        "(velocity,) = _cut(rows, velocities)",
-        "(velocity,) = _cut(rows, momentums)",
+        "(velocity,) = _sliced(cut, velocities)",
+        "(velocity,) = _sliced(cut, momentums)",
         "test_torch_update",
     ),
     Mutation(
         "backend/jax.py",
         "jnp.minimum(a[1], b[1]),",
         "jnp.minimum(a[1], a[1]),",
-        "test_curvature",
+        "test_factor_store",
         "jax",
     ),
     # Before the first step.
     Mutation(
         HOOKS,
-        "if all(layer.built for layer in layers):",
-        "if True:",
+        "if not all(layer.built for layer in layers):",
+        "if False:",
         "test_hooks",
     ),
     Mutation(
         HOOKS,
-        "optimizer.build(self.trainable_variables)",
+        "optimizer.build(model.trainable_variables)",
         "pass",
         "test_cost",
         "tensorflow",
     ),
     Mutation(
-        "backend/jax.py",
-        "wanted = {id(one): one.measures_factors() for one in inner}",
-        "wanted = {id(one): one.measures_anything() for one in inner}",
+        "steps/jax.py",
+        "id(optimizer): optimizer.measures_factors()",
+        "id(optimizer): optimizer.measures_anything()",
         "test_decision_scope test_optimizer",
         "jax",
     ),
@@ -533,21 +535,23 @@ MUTATIONS = [
         "jax",
     ),
     Mutation(
-        "backend/jax.py",
+        "steps/jax.py",
         '    values[0] = np.finfo("float32").tiny\n',
         "",
         "test_cost",
         "jax",
     ),
-    Mutation(ROWS, "places < length", "places <= length", "test_rows"),
+    Mutation(SEGMENTS, "places < length", "places <= length", "test_segments"),
     Mutation(
-        ROWS,
+        SEGMENTS,
         "np.minimum(places, length - 1)",
         "np.minimum(places, 0)",
-        "test_rows",
+        "test_segments",
     ),
-    Mutation(ROWS, "total * is_chunk", "total", "test_rows"),
-    Mutation(ROWS, "start += length", "start += length - 1", "test_rows"),
+    Mutation(SEGMENTS, "total * is_chunk", "total", "test_segments"),
+    Mutation(
+        SEGMENTS, "start += length", "start += length - 1", "test_segments"
+    ),
 ]
 
 

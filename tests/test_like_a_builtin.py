@@ -184,7 +184,7 @@ def test_state_trees_pass_between_wrapped_and_plain_models(make):
 
 @pytest.mark.parametrize("back_to", [1, 2])
 def test_a_state_tree_rolls_training_back(make, back_to):
-    """Also if the step that follows measures and the last one didn't ask."""
+    """Also if the step that follows measures and the last one doesn't."""
     extra = {}
     if make is keras_adafisher.AdaFisher:
         extra = {"factor_update_steps": 2}

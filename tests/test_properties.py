@@ -283,21 +283,21 @@ def measurements(layer, x, s):
 
 def expected_fisher(layer, rule, x, s):
     """Fisher diagonals of the weight and of the bias after one step."""
-    h, s, normalizes_one, scale = measurements(layer, x, s)
+    h, s, normalizes_bias_input, scale = measurements(layer, x, s)
     has_bias = parts(layer)[1] is not None
     if rule.normalization == "mean":
-        normalized, normalizes_one = reference.mean_scaled, False
+        normalized, normalizes_bias_input = reference.mean_scaled, False
     else:
         normalized = reference.min_max
     entries = h.ravel()
-    if has_bias and normalizes_one:
+    if has_bias and normalizes_bias_input:
         entries = np.append(entries, 1.0)
 
     def running(value):
         return (1 - rule.gamma_1) + rule.gamma_2 * value
 
     entries = running(normalized(entries, rule.epsilon * scale))
-    one = entries[-1] if has_bias and normalizes_one else running(1.0)
+    one = entries[-1] if has_bias and normalizes_bias_input else running(1.0)
     h = entries[: h.size].reshape(h.shape)
     s = running(normalized(s, rule.epsilon))
     if hasattr(layer, "gamma"):

@@ -282,6 +282,16 @@ def test_a_compiled_model_measures(backend):
     assert_close(actual, expected, 1e-6)
 
 
+def test_a_compiled_model_measures_for_the_next_optimizer_too():
+    """Which measures at its first step, where the last one didn't measure."""
+    torch._dynamo.reset()
+    model = make_model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        _, records = custom_loop(model, compiled, steps=3)
+        assert [estimated for *_, estimated in records] == [False] * 3
+
+
 def test_a_compiled_model_is_made_anew_once():
     """For the steps that measure, and for the others."""
     torch._dynamo.reset()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import keras_adafisher
-from keras_adafisher.backend import torch_update
+from keras_adafisher.optimizer import torch_update
 
 
 class OneByOne(keras_adafisher.AdaFisher):

@@ -25,14 +25,14 @@ class _FullBlock(Block):
 
     Args:
         block: The `Block` of which they have the diagonals.
-        rows_of_activation: Callable that makes `(rows, inputs)` of `h`.
-        rows_of_gradient: Callable that makes `(rows, outputs)` of `s`.
+        examples_of_activation: Callable that makes `(examples, inputs)` of `h`.
+        examples_of_gradient: Callable that makes `(examples, outputs)` of `s`.
     """
 
-    def __init__(self, block, rows_of_activation, rows_of_gradient):
+    def __init__(self, block, examples_of_activation, examples_of_gradient):
         super().__init__(block.weight, block.bias)
-        self.rows_of_activation = rows_of_activation
-        self.rows_of_gradient = rows_of_gradient
+        self.examples_of_activation = examples_of_activation
+        self.examples_of_gradient = examples_of_gradient
         # A bias with an `S` of its own isn't the weight of a further input.
         self.has_one = block.bias is not None and (
             block.bias_gradient_shape is None
@@ -43,13 +43,13 @@ class _FullBlock(Block):
         self.gradient_shape = (outputs,) * 2
 
     def activation_statistic(self, h):
-        rows = ops.cast(self.rows_of_activation(h), "float32")
+        examples = ops.cast(self.examples_of_activation(h), "float32")
         if self.has_one:
-            rows = ops.pad(rows, [(0, 0), (0, 1)], constant_values=1)
-        return _second_moment(rows)
+            examples = ops.pad(examples, [(0, 0), (0, 1)], constant_values=1)
+        return _second_moment(examples)
 
     def gradient_statistic(self, s):
-        return _second_moment(ops.cast(self.rows_of_gradient(s), "float32"))
+        return _second_moment(ops.cast(self.examples_of_gradient(s), "float32"))
 
 
 class _FullEmbeddingBlock(_FullBlock):
@@ -63,9 +63,9 @@ class _FullEmbeddingBlock(_FullBlock):
         return ops.diag(ops.reshape(self.frequencies(h), (-1,)))
 
 
-def _second_moment(rows):
-    return ops.matmul(ops.transpose(rows), rows) / ops.cast(
-        ops.shape(rows)[0], "float32"
+def _second_moment(examples):
+    return ops.matmul(ops.transpose(examples), examples) / ops.cast(
+        ops.shape(examples)[0], "float32"
     )
 
 
@@ -86,13 +86,13 @@ def _full_patches(block, patches):
     def channels_last(x):
         return ops.moveaxis(x, 1, -1) if block.channels_first else x
 
-    def rows_of_activation(h):
+    def examples_of_activation(h):
         return _last_axis(patches(channels_last(ops.cast(h, "float32"))))
 
-    def rows_of_gradient(s):
+    def examples_of_gradient(s):
         return _last_axis(channels_last(s))
 
-    return _FullBlock(block, rows_of_activation, rows_of_gradient)
+    return _FullBlock(block, examples_of_activation, examples_of_gradient)
 
 
 def _full_dense(block, layer):
@@ -154,7 +154,7 @@ def _full_einsum(block, layer):
             "output, with a linear map for each position"
         )
 
-    def rows(x, labels, kept):
+    def examples(x, labels, kept):
         """Rows with the labels of the kernel, in its order."""
         rank = len(x.shape)
         first = rank - len(labels) if block.is_left_elided else 0
@@ -163,15 +163,15 @@ def _full_einsum(block, layer):
         others = [axis for axis in range(rank) if axis not in last]
         return ops.reshape(ops.transpose(x, [*others, *last]), (-1, size))
 
-    def rows_of_activation(h):
+    def examples_of_activation(h):
         if block.reduction is not None:
             h = ops.einsum(block.reduction, ops.cast(h, "float32"))
-        return rows(h, block.input_labels, block.kernel_h_labels)
+        return examples(h, block.input_labels, block.kernel_h_labels)
 
-    def rows_of_gradient(s):
-        return rows(s, block.output_labels, block.kernel_s_labels)
+    def examples_of_gradient(s):
+        return examples(s, block.output_labels, block.kernel_s_labels)
 
-    return _FullBlock(block, rows_of_activation, rows_of_gradient)
+    return _FullBlock(block, examples_of_activation, examples_of_gradient)
 
 
 def _full_embedding(block, layer):

@@ -7,16 +7,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adafisher import backend
 from keras_adafisher.analysis.full_blocks import full_wrapper
 from keras_adafisher.analysis.full_blocks import NoFullFactors
 from keras_adafisher.analysis.losses import all_variables
 from keras_adafisher.analysis.losses import as_it_was
 from keras_adafisher.analysis.losses import loss_function
 from keras_adafisher.analysis.losses import tensors_of
-from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.integration.wrapping import without_wrappers
-from keras_adafisher.probe import ANSWER_SCALE
+from keras_adafisher.probe import BackendProbe
 from keras_adafisher.steps import Step
 
 
@@ -29,11 +28,11 @@ class KroneckerFactors:
         parameters: Tuple of strings, the paths of the map's weight and bias,
             as far as it has them.
         activation: Float32 array of shape `(inputs, inputs)`, `H`: the mean of
-            `h hᵀ` over all rows, which are the positions of all examples. The
+            `h hᵀ` over the positions of all examples. The
             input coordinates are in the order of the weight's axes. If the
             map has a bias, `h` has one more entry at its end, the 1.
         gradient: Float32 array of shape `(outputs, outputs)`, `S`: the mean of
-            `s sᵀ` over all rows, where `s` is the gradient of the loss at the
+            `s sᵀ` over them, where `s` is the gradient of the loss at the
             map's output.
         bias_index: Int, the index of the 1 in `activation`, or `None`.
     """
@@ -109,7 +108,7 @@ def kronecker_factors(
             probes = _in_order(model, wrappers)
             # All that is attached here measures.
             with Step([], "measure"):
-                answers = backend.differentiate(
+                answers = BackendProbe.differentiate(
                     compute_loss,
                     tensors_of(x, y),
                     probes,
@@ -129,7 +128,7 @@ def kronecker_factors(
         path = paths[id(probe)]
         calls = 0
         if answer is not None:
-            answer = ops.convert_to_numpy(answer) / ANSWER_SCALE
+            answer = ops.convert_to_numpy(answer) / BackendProbe.ANSWER_SCALE
             calls, *sums = probe.split(answer)
         if calls:
             results.append(_result(path, probe.block, sums, calls))

@@ -37,17 +37,17 @@ def diagonal_energy_table(
 
     several: Any = factors
     several = list(several) if np.iterable(several) else [several]
-    for one in several:
-        check_kronecker_factors("factors", one)
+    for item in several:
+        check_kronecker_factors("factors", item)
     table = rich.table.Table()
     table.add_column("Weight", overflow="fold")
     for name in ("H", "S"):
         table.add_column(f"{name}\nsize", justify="right")
         table.add_column(f"{name}, energy\non diagonal", justify="right")
         table.add_column(f"{name}, rows\ndominated", justify="right")
-    for one in several:
-        cells = [one.parameters[0]]
-        for factor in (one.activation, one.gradient):
+    for item in several:
+        cells = [item.parameters[0]]
+        for factor in (item.activation, item.gradient):
             cells += [
                 str(len(factor)),
                 f"{100 * diagonal_energy(factor):.1f} %",

@@ -1,4 +1,10 @@
-"""What a backend does that needs no exception."""
+"""What a backend does that needs no exception.
+
+Numerics, conditions, and how variables are laid out over devices. The list
+below is all that code for every backend uses of `backend`. A file beside this
+one has a list of what its backend does differently, and perhaps functions for
+other code of that backend.
+"""
 
 import contextlib
 import math
@@ -6,101 +12,32 @@ import math
 import numpy as np
 from keras import ops
 
-# What to do if no layer has reported anything.
-HOW_TO_MEASURE = (
-    "In a custom training loop, decorate the step with "
-    "`keras_adafisher.training_step(optimizer)`, and differentiate all of "
-    "`model.trainable_variables` in it."
-)
-
-
-# What answers are multiplied by on their way: see `probe.py`. 9e-13: a mean
-# square of 1e4 adds nothing to a gradient's norm of 1 in float32, and one of
-# 1e-25 doesn't vanish yet.
-ANSWER_SCALE = 2.0**-40
-
-
-class AppliedAgain(Exception):
-    """An optimizer is applied twice in a step whose condition knows of once."""
-
-
-class Updater:
-    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
-
-    # Not public, but what comes before it, `apply`, has gradients that aren't
-    # clipped yet, and what comes after, `update_step`, one of them.
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        self._prepare_updates(grads, trainable_variables)
-        super()._backend_update_step(grads, trainable_variables, learning_rate)
-
-
-def make_probe_tensor(size, parameter):
-    """Make the tensor in the place of a probe's variable.
-
-    Args:
-        size: Int, its length.
-        parameter: `keras.Variable` that the probe measures for.
-
-    Returns:
-        Tensor, or `None` where a probe is a variable.
-    """
-    return None
-
-
-def answer_of(probe, gradients):
-    """The gradient of a probe.
-
-    Args:
-        probe: `Probe`.
-        gradients: Dict from the id of a probe's variable to its gradient.
-
-    Returns:
-        Tensor, or `None` if there is none. On PyTorch a list of tensors, the
-        parts of the vector.
-    """
-    answer = gradients.get(id(probe.variable))
-    return None if answer is None else ops.convert_to_tensor(answer)
-
-
-def join_answers(answers):
-    """Join answers, one behind the other.
-
-    Args:
-        answers: List of what `answer_of` returned, or of vectors.
-
-    Returns:
-        Vector.
-    """
-    return answers[0] if len(answers) == 1 else ops.concatenate(answers)
-
-
-def request_outside_of_steps(probe):
-    """Whether a tap measures where no training step is known to run.
-
-    Args:
-        probe: `Probe`.
-    """
-    return False
-
-
-def run_step(make_step, inner, optimizers, function, args, kwargs, once):
-    """Run a function as a training step.
-
-    Args:
-        make_step: Callable that takes the arguments of `Step` behind
-            `optimizers`, and makes one.
-        inner: List of the AdaFishers that train something, none perhaps.
-        optimizers: List of Keras optimizers that are or contain them.
-        function: Callable.
-        args: Tuple, its arguments.
-        kwargs: Dict, its keyword arguments.
-        once: Bool. Whether it is decided once whether the step measures.
-
-    Returns:
-        What the function returns.
-    """
-    with make_step():
-        return function(*args, **kwargs)
+__all__ = [
+    "broadcast_layout",
+    "check_same_strategy",
+    "cond",
+    "constant",
+    "constrain_layout",
+    "count_ids",
+    "creation_scope",
+    "entry",
+    "evaluator",
+    "has_accelerator",
+    "is_traced",
+    "keep_random_state",
+    "mean_square",
+    "part",
+    "pointwise_conv",
+    "precise_matmul",
+    "replicated_layout",
+    "reshape",
+    "stack",
+    "step_number",
+    "sum_min_max",
+    "take",
+    "view",
+    "window_mean",
+]
 
 
 def is_traced(tensor):
@@ -113,29 +50,13 @@ def has_accelerator():
     return False
 
 
-def differentiate(compute_loss, data, probes, variables):
-    """Differentiate a loss with respect to probes, eagerly.
-
-    Args:
-        compute_loss: Callable that takes `*data` and returns a scalar tensor.
-        data: Tuple of nested tensors.
-        probes: List of `Probe`s.
-        variables: List of all variables that `compute_loss` reads.
-
-    Returns:
-        List with the gradient of each probe, a tensor or `None`. Nothing else
-        keeps a gradient.
-    """
-    raise NotImplementedError("Keras has no operation for this.")
-
-
 def evaluator(compute_loss, data, variables):
     """A function that computes a loss many times.
 
     Args:
-        compute_loss: See `differentiate`.
-        data: See `differentiate`.
-        variables: See `differentiate`.
+        compute_loss: Callable that takes `*data` and returns a scalar tensor.
+        data: Tuple of nested tensors.
+        variables: List of all variables that `compute_loss` reads.
 
     Returns:
         Callable without arguments that returns the loss for the present values
@@ -153,36 +74,9 @@ def keep_random_state():
     return contextlib.nullcontext()
 
 
-def clear_answer(probe):
-    """Drop what a backward pass left on a probe."""
-    # AutoGraph, which converts what a `tf.function` calls, warns of a function
-    # that consists of a docstring.
-    return
-
-
 def step_number(iterations):
     """The optimizer's iteration counter, to compute with."""
     return ops.convert_to_tensor(iterations)
-
-
-def in_replica():
-    """Whether other threads run this code too, each on its own device."""
-    return False
-
-
-def sum_over_replicas(probes, answers, wanted):
-    """Sum up the answers of all replicas of a data-parallel step.
-
-    Args:
-        probes: List of `Probe`s.
-        answers: List with the answer of each of them, a tensor.
-        wanted: Bool or boolean tensor. If false, the sums aren't read, and
-            nothing needs to be sent.
-
-    Returns:
-        A list like `answers`, as if one device had seen the whole batch.
-    """
-    return answers
 
 
 def check_same_strategy(variables, state):
@@ -199,7 +93,7 @@ def creation_scope(variable):
     return contextlib.nullcontext()
 
 
-def whole_layout(parameter):
+def replicated_layout(parameter):
     """Layout of what is whole on each device that has part of a parameter.
 
     Args:
@@ -212,12 +106,12 @@ def whole_layout(parameter):
     return None
 
 
-def keep_layout(tensor, variable):
+def constrain_layout(tensor, variable):
     """`tensor`, laid out over devices like the variable it is meant for."""
     return tensor
 
 
-def keep_layout_of(tensor, shape, parameters):
+def broadcast_layout(tensor, shape, parameters):
     """`tensor`, laid out over devices like parameters that it belongs to.
 
     Args:
@@ -239,24 +133,6 @@ def constant(values, dtype):
         dtype: String.
     """
     return np.array(values, dtype)
-
-
-def one(x):
-    """A 1 in a vector of its own, on the device of a tensor `x`."""
-    return np.ones(1, "float32")
-
-
-def tap(z, h, probe, request):
-    """An identity in whose backward pass a probe answers.
-
-    Args:
-        z, h, probe: See `probe.tap`.
-        request: Bool or boolean tensor, whether an answer is wanted.
-
-    Returns:
-        `z`.
-    """
-    raise NotImplementedError("Each backend has its own.")
 
 
 def view(variable, make, views, name):
@@ -282,29 +158,6 @@ def mean_square(x, axis):
     # factor inside takes up to ten times as long.
     x = ops.square(ops.cast(x, "float32"))
     return ops.mean(x, axis=axis) if axis else x
-
-
-def mean_squares_of_quotients(gradients, fishers, damping):
-    """Means of the squared entries of `gradient / (fisher + damping)`.
-
-    Args:
-        gradients: List of float tensors.
-        fishers: List of the `FisherDiagonal`s of their parameters.
-        damping: Float.
-
-    Returns:
-        List of float32 scalars.
-    """
-    # With the exceptions of the backend that runs.
-    from keras_adafisher import backend
-
-    quotients = [
-        ops.divide(ops.convert_to_tensor(gradient), fisher() + damping)
-        for gradient, fisher in zip(gradients, fishers, strict=True)
-    ]
-    return [
-        backend.mean_square(q, tuple(range(len(q.shape)))) for q in quotients
-    ]
 
 
 def sum_min_max(x, low, high):
@@ -412,8 +265,3 @@ def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
     x = ops.reshape(x, (math.prod(shape[:axis]), size, -1))
     x = ops.matmul(matrix, x)
     return ops.reshape(x, (*shape[:axis], kernel_size, *shape[axis + 1 :]))
-
-
-def at_least_zero(size):
-    """The larger of a size, which may be a tensor, and 0."""
-    return max(size, 0) if isinstance(size, int) else ops.maximum(size, 0)

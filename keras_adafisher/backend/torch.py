@@ -1,90 +1,40 @@
-"""PyTorch's exceptions: it runs eagerly, and tensors keep gradients.
+"""PyTorch's exceptions: it runs eagerly.
 
-A condition on a tensor would make the host wait for the device, once per
-layer and step. So the request is a Python value, the iteration counter is
-read once per step, and a step that doesn't measure has no taps at all.
-
-What a backward pass measures, a tap keeps on its probe. A wrapped module has
-the `parameters()` and the `state_dict()` that it had before: optimizers of
-PyTorch, `clip_grad_norm_` and `DistributedDataParallel` see nothing of a probe.
+Reading a tensor would make the host wait for the device. So the iteration
+counter is read once for a step, and a condition is a Python value.
 """
 
-import contextlib
 import math
 import threading
 import weakref
 
 import torch
 from keras import ops
-from torch.nn.parallel import DistributedDataParallel
 
 from keras_adafisher.backend import common
+
+__all__ = [
+    "cond",
+    "constant",
+    "count_ids",
+    "has_accelerator",
+    "keep_random_state",
+    "mean_square",
+    "precise_matmul",
+    "reshape",
+    "stack",
+    "step_number",
+    "take",
+    "view",
+    "window_mean",
+]
 
 # Entries whose squares are in memory at a time.
 _PART_SIZE = {"cpu": 2**18}
 _OTHER_PART_SIZE = 2**24
 
-# What `one` returns, by device: it is made once.
-_ones = {}
-
-# Whether this thread runs `differentiate`, and its last mean square.
+# The last mean square of this thread.
 _here = threading.local()
-
-# What to do if no layer has reported anything.
-HOW_TO_MEASURE = (
-    "Call the wrapped model itself, not what `torch.jit.trace` or "
-    "`torch.export` made of it, and not within a transform of `torch.func`."
-)
-
-# No list of gradients has an answer in it.
-ANSWER_SCALE = 1.0
-
-
-def make_probe_tensor(size, parameter):
-    return torch.zeros(size, device=parameter.value.device, requires_grad=True)
-
-
-def answer_of(probe, gradients):
-    _, parts = probe.answer or (None, None)
-    # What a compiled function has measured.
-    gradient = probe.tensor.grad
-    if parts is None:
-        return None if gradient is None else [gradient]
-    return parts if gradient is None else [torch.cat(parts) + gradient]
-
-
-def clear_answer(probe):
-    probe.process_group = None
-    probe.answer = None
-    probe.tensor.grad = None
-
-
-def join_answers(answers):
-    parts = []
-    for answer in answers:
-        parts += answer if isinstance(answer, list) else [answer]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def request_outside_of_steps(probe):
-    # A custom loop needs no decorator here.
-    if torch.compiler.is_compiling():
-        # A compiled function is made anew when a Python value has changed that
-        # it depends on. A weak set can't be looked through there.
-        return probe.is_asked
-    optimizers = probe.optimizers
-    return not optimizers or any(o.measures_factors() for o in optimizers)
-
-
-def differentiate(compute_loss, data, probes, variables):
-    with torch.enable_grad(), _answers_are_gradients():
-        loss = compute_loss(*data)
-    if not probes or not loss.requires_grad:
-        # There are no taps, or none of them was reached.
-        return [None for _ in probes]
-    # Not `backward()`, which leaves gradients on the tensors.
-    tensors = [probe.tensor for probe in probes]
-    return torch.autograd.grad(loss, tensors, allow_unused=True)
 
 
 def keep_random_state():
@@ -92,35 +42,14 @@ def keep_random_state():
     return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
-def sum_over_replicas(probes, answers, wanted):
-    group = next((p.process_group for p in probes if p.process_group), None)
-    if group is None:
-        return answers
-    # One transfer for all.
-    sizes = [probe.size for probe in probes]
-    flat = join_answers(answers)
-    torch.distributed.all_reduce(flat, group=group)
-    # The loss of a process is the mean over its own part of the batch, and
-    # `DistributedDataParallel` averages the gradients. So `s` is larger than
-    # that of the whole batch by the number of processes.
-    scale = torch.distributed.get_world_size(group) ** 2
-    for probe, answer in zip(probes, flat.split(sizes), strict=True):
-        answer[sum(probe.sizes[:2]) :] /= scale
-    return list(flat.split(sizes))
+def has_accelerator():
+    return torch.cuda.is_available()
 
 
 def constant(values, dtype):
     # Copied to the device once, not at each use. Of a list, Keras would look at
     # each entry, to find tensors among them.
     return ops.convert_to_tensor(common.constant(values, dtype))
-
-
-def one(x):
-    if torch.compiler.is_compiling():
-        return torch.ones(1, device=x.device)
-    if x.device not in _ones:
-        _ones[x.device] = torch.ones(1, device=x.device)
-    return _ones[x.device]
 
 
 def view(variable, make, views, name):
@@ -144,136 +73,6 @@ def cond(pred, true_fn, false_fn):
     if torch.compiler.is_compiling():
         return ops.cond(pred, true_fn, false_fn)
     return true_fn() if pred else false_fn()
-
-
-def tap(z, h, probe, request):
-    # On the "meta" device, Keras infers shapes. There is nothing to measure.
-    if z.is_meta or not torch.is_grad_enabled() or _is_transformed():
-        return z
-    h = ops.convert_to_tensor(h)
-    # What probes measure is summed up in `sum_over_replicas`. No public name
-    # tells which processes take part. Keep it if a checkpoint runs the layer
-    # once more in the backward pass.
-    active = DistributedDataParallel._active_ddp_module
-    if active is not None:
-        probe.process_group = active.process_group
-    if torch.compiler.is_compiling() or getattr(_here, "differentiates", False):
-        with torch.no_grad():
-            first = probe.measure_activations(h)
-        # The parameters may have moved.
-        tensor = probe.tensor.to(z.device)
-        return _TapWithGradient.apply(z, tensor, first, probe)
-    if not z.requires_grad:
-        return z
-    for variable in probe.block.parameters:
-        parameter = variable.value
-        if parameter.requires_grad:
-            # In a list `h` is no input that autograd has to look after.
-            return _Tap.apply(z, parameter, [h], probe)
-    return z
-
-
-def _is_transformed():
-    """Whether something else is made of the computation than a training step.
-
-    Measuring makes no sense there. In a transform of `torch.func`, tensors
-    stand for many, and in a trace, for those of other calls.
-    """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return True
-    # No public name tells. `torch.autograd.Function` asks in the same way.
-    return torch._C._are_functorch_transforms_active()
-
-
-class _Tap(torch.autograd.Function):
-    """An identity that keeps what it measures on the probe.
-
-    As a list of the parts of the vector, so that those of all probes are joined
-    by one operation.
-    """
-
-    # With a `setup_context`, PyTorch inspects a signature at each call, which
-    # takes longer than all else here. Only `torch.func` needs one.
-    @staticmethod
-    def forward(ctx, z, parameter, h, probe):
-        ctx.first = probe.activation_parts(*h)
-        ctx.probe = probe
-        # For autograd this is no view, so that it may be changed in place. It
-        # shares the counter of changes with `z`.
-        return z.detach()
-
-    @staticmethod
-    def backward(ctx, s):
-        # The tap takes the parameter for this: it is no measurement if only
-        # gradients for inputs are wanted, for a penalty for instance.
-        if _is_computed(ctx.next_functions[1][0]):
-            with torch.no_grad():
-                second = ctx.probe.gradient_parts(s)
-            _keep(ctx.probe, [*ctx.first, *second])
-        return s, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *others):
-        return tangent
-
-
-class _TapWithGradient(torch.autograd.Function):
-    """An identity that returns what it measures as a gradient.
-
-    For `differentiate`, and for `torch.compile`, where a function has no side
-    effects.
-    """
-
-    @staticmethod
-    def forward(ctx, z, tensor, first, probe):
-        ctx.first = first
-        ctx.probe = probe
-        return z.detach()
-
-    @staticmethod
-    def backward(ctx, s):
-        with torch.no_grad():
-            second = ctx.probe.measure_gradients(s)
-            answer = torch.cat([ctx.first, second])
-        return s, answer, None, None
-
-
-def _is_computed(node):
-    """Whether this backward pass comes to a node of the graph."""
-    # Not public, but `torch.autograd.graph` has nothing else to tell it from.
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # `torch.autograd.grad` was asked for this parameter's gradient.
-        return True
-
-
-def _keep(probe, parts):
-    """Add an answer to those that a probe has."""
-    # The number of this backward pass: no public name tells one from another.
-    now = torch._C._current_graph_task_id()
-    last, earlier = probe.answer or (now, None)
-    # Gradients add up until somebody clears them. `zero_grad()` doesn't know a
-    # probe. But if it has cleared those of the parameters, for instance after a
-    # step that was skipped, then what an earlier pass has left here is outdated
-    # too.
-    if last != now and all(
-        p.value.grad is None for p in probe.block.parameters
-    ):
-        earlier = None
-    if earlier is not None:
-        parts = [torch.cat(earlier) + torch.cat(parts)]
-    probe.answer = now, parts
-
-
-@contextlib.contextmanager
-def _answers_are_gradients():
-    """Context in which taps return what they measure as gradients."""
-    _here.differentiates = True
-    try:
-        yield
-    finally:
-        _here.differentiates = False
 
 
 # `torch.compile` reads no tensors, and would compile anew for each number.

@@ -10,27 +10,25 @@ class BlockFactors:
 
     Args:
         probe: The block's `Probe`.
+        vector: The variable that has the factors of all blocks.
+        places: Dict from the name of a factor to where it begins in the vector,
+            and its shape. The names are those of the parts of an answer, in
+            their order: "bias_input", the factor of the input that is always 1
+            (a block without a bias doesn't read it), "activation", "gradient",
+            and "bias_gradient" if the bias has an `S` of its own.
 
     Attributes:
-        places: Dict from the name of a factor to where it begins in the vector
-            of all, and its shape. The names are those of the parts of an
-            answer, in their order: "one", the factor of the input that is
-            always 1 (a block without a bias doesn't read it), "activation",
-            "gradient", and "bias_gradient" if the bias has an `S` of its own.
-        vector: The variable that has the factors of all blocks.
+        key: What is equal for the blocks of one weight.
         is_estimated: Bool. Whether the last measurement was an estimate from
             the weight's gradient.
     """
 
-    def __init__(self, probe):
+    def __init__(self, probe, vector, places):
         self.probe = probe
         self.block = probe.block
-        # Equal for the blocks of one weight. Once all are made, `FactorStore`
-        # puts them into `blocks_of_weight`.
+        self.vector = vector
+        self.places = places
         self.key = id(self.block.parameters[0])
-        self.blocks_of_weight = [self]
-        self.places = {}
-        self.vector = None
         self.is_estimated = self.block.is_estimated
         self._views = {}
 
@@ -57,9 +55,9 @@ class BlockFactors:
         return self.factor("gradient")
 
     @property
-    def one(self):
+    def bias_input(self):
         """`H` of the bias, a scalar. `None` without a bias."""
-        return None if self.block.bias is None else self.factor("one")
+        return None if self.block.bias is None else self.factor("bias_input")
 
     @property
     def bias_gradient(self):
@@ -69,17 +67,12 @@ class BlockFactors:
         has_own = "bias_gradient" in self.places
         return self.factor("bias_gradient" if has_own else "gradient")
 
-    def values(self):
-        """List of all running factors."""
-        names = [n for n in self.places if n != "one" or self.one is not None]
-        return [self.factor(name) for name in names]
-
     def terms(self):
         """List of tuples: what the block adds to Fisher diagonals.
 
         A parameter, a function for the diagonal, one for the two tensors whose
         product it is, `None` if it is none, and a bool, whether both can be
-        called with `rows`.
+        called with `cut`.
         """
         block = self.block
         of_weight = of_bias = None
@@ -88,57 +81,69 @@ class BlockFactors:
         if block.has_operands_of_bias:
             of_bias = self.operands_of_bias
         terms = [
-            (block.weight, self.fisher_of_weight, of_weight, block.takes_rows),
+            (
+                block.weight,
+                self.fisher_of_weight,
+                of_weight,
+                block.takes_slices,
+            ),
             (block.bias, self.fisher_of_bias, of_bias, False),
         ]
         return [term for term in terms if term[0] is not None]
 
-    def pairs(self):
-        """List of tuples: a parameter, and its `H` and `S`."""
-        pairs = [
-            (self.block.weight, (self.activation, self.gradient)),
-            (self.block.bias, (self.one, self.bias_gradient)),
-        ]
-        return [pair for pair in pairs if pair[0] is not None]
+    def pair_of(self, parameter):
+        """`H` and `S` of the block's weight or of its bias."""
+        if parameter is self.block.weight:
+            return self.activation, self.gradient
+        return self.bias_input, self.bias_gradient
 
-    def fisher_of_weight(self, rows=None):
-        return self.block.fisher_of_weight(*self._factors_of_weight(rows))
+    def fisher_of_weight(self, cut=None):
+        return self.block.fisher_of_weight(*self._factors_of_weight(cut))
 
-    def operands_of_weight(self, rows=None):
-        return self.block.operands_of_weight(*self._factors_of_weight(rows))
+    def operands_of_weight(self, cut=None):
+        return self.block.operands_of_weight(*self._factors_of_weight(cut))
 
     def fisher_of_bias(self):
-        return self.block.fisher_of_bias(self.one, self.bias_gradient)
+        return self.block.fisher_of_bias(self.bias_input, self.bias_gradient)
 
     def operands_of_bias(self):
-        return self.block.operands_of_bias(self.one, self.bias_gradient)
+        return self.block.operands_of_bias(self.bias_input, self.bias_gradient)
 
-    def _factors_of_weight(self, rows):
+    def _factors_of_weight(self, cut):
         factors = [self.activation, self.gradient]
-        if rows is not None:
+        if cut is not None:
             rank = len(self.block.weight.shape)
-            factors = [_rows_of(factor, rows, rank) for factor in factors]
+            factors = [_cut_out(factor, cut, rank) for factor in factors]
         return factors
 
-    def shapes(self):
-        """Dict from the name of each factor to its shape."""
-        block = self.block
-        shapes = {
-            "one": (),
-            "activation": block.activation_shape,
-            "gradient": block.gradient_shape,
-        }
-        if block.bias_gradient_shape is not None:
-            shapes["bias_gradient"] = block.bias_gradient_shape
-        return shapes
 
-    def rows(self, normalization):
-        """List of the names of the factors that make up each row."""
-        one, activation, *others = self.shapes()
-        takes_part = self.block.bias is not None and self.block.normalizes_one
-        if takes_part and normalization.joins_bias_input:
-            return [[one, activation], *([name] for name in others)]
-        return [[name] for name in self.shapes()]
+def factor_shapes(block):
+    """Dict from the name of each factor of a block to its shape."""
+    shapes = {
+        "bias_input": (),
+        "activation": block.activation_shape,
+        "gradient": block.gradient_shape,
+    }
+    if block.bias_gradient_shape is not None:
+        shapes["bias_gradient"] = block.bias_gradient_shape
+    return shapes
+
+
+def names_of_segments(block, normalization):
+    """Which of a block's factors are normalized together.
+
+    Args:
+        block: `Block`.
+        normalization: `Normalization`.
+
+    Returns:
+        List of lists of names, those of each segment.
+    """
+    bias_input, activation, *others = factor_shapes(block)
+    takes_part = block.bias is not None and block.normalizes_bias_input
+    if takes_part and normalization.joins_bias_input:
+        return [[bias_input, activation], *([name] for name in others)]
+    return [[bias_input], [activation], *([name] for name in others)]
 
 
 class FisherDiagonal:
@@ -150,7 +155,9 @@ class FisherDiagonal:
         vector: The variable that has the factors of all blocks.
 
     Attributes:
-        takes_rows: Bool, whether it can be called with `rows`.
+        factors_of_weight: List of the `BlockFactors` that the parameter is the
+            weight of, so that its gradient may have to estimate them.
+        takes_slices: Bool, whether it can be called with `cut`.
         kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
@@ -158,39 +165,40 @@ class FisherDiagonal:
         self.vector = vector
         self._terms = []
         self._operands = []
-        self.takes_rows = True
+        self.factors_of_weight = []
+        self.takes_slices = True
         self.kept = None
 
-    def add(self, function, operands, takes_rows):
+    def add(self, function, operands, takes_slices):
         """Add what a block has: see `BlockFactors.terms`."""
         self._terms.append(function)
         self._operands.append(operands)
-        self.takes_rows = self.takes_rows and takes_rows
+        self.takes_slices = self.takes_slices and takes_slices
 
     def __bool__(self):
         return bool(self._terms)
 
-    def __call__(self, rows=None):
+    def __call__(self, cut=None):
         """A new tensor that broadcasts to the parameter's shape.
 
         Args:
-            rows: Slice of the first axis, if `takes_rows`. Defaults to all.
+            cut: Slice of the first axis, if `takes_slices`. Defaults to all.
         """
         first, *others = (
-            term() if rows is None else term(rows) for term in self._terms
+            term() if cut is None else term(cut) for term in self._terms
         )
         return sum(others, start=first)
 
-    def operands(self, rows=None):
+    def operands(self, cut=None):
         """The two tensors whose product it is. `None` if it is none.
 
         Args:
-            rows: See `__call__`.
+            cut: See `__call__`.
         """
         if len(self._operands) > 1 or self._operands[0] is None:
             return None
         (operands,) = self._operands
-        return operands() if rows is None else operands(rows)
+        return operands() if cut is None else operands(cut)
 
 
 def _part(vector, start, shape, variable):
@@ -198,11 +206,11 @@ def _part(vector, start, shape, variable):
     entries = backend.part(vector, start, math.prod(shape))
     # Otherwise JAX' compiler splits the vector like what it is used with, and
     # sends the entries to where they belong at each step.
-    entries = backend.keep_layout(entries, variable)
+    entries = backend.constrain_layout(entries, variable)
     return backend.reshape(entries, shape)
 
 
-def _rows_of(factor, rows, rank):
-    """The part of a factor that some rows of a parameter meet."""
-    has_rows = len(factor.shape) == rank and factor.shape[0] > 1
-    return factor[rows] if has_rows else factor
+def _cut_out(factor, cut, rank):
+    """The part of a factor that a slice of a parameter meets."""
+    has_axis = len(factor.shape) == rank and factor.shape[0] > 1
+    return factor[cut] if has_axis else factor

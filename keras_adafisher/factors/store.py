@@ -4,7 +4,7 @@ The factors of all blocks are in one vector, one optimizer variable. A model has
 many layers, but their factors are small: what takes time, to compile and to
 run, is the number of operations, not that of entries.
 
-What is normalized together, `H` of one block for instance, is a row of the
+What is normalized together, `H` of one block for instance, is a segment of the
 vector.
 """
 
@@ -16,10 +16,12 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.factors.block_factors import BlockFactors
+from keras_adafisher.factors.block_factors import factor_shapes
+from keras_adafisher.factors.block_factors import names_of_segments
 from keras_adafisher.factors.normalization import NORMALIZATIONS
 from keras_adafisher.factors.normalization import running_average
 from keras_adafisher.factors.segments import Segments
-from keras_adafisher.probe import ANSWER_SCALE
+from keras_adafisher.probe import BackendProbe
 
 
 class FactorStore:
@@ -32,7 +34,7 @@ class FactorStore:
         add_variable: `Optimizer.add_variable`.
 
     Attributes:
-        curvatures: List with the `BlockFactors` of each block.
+        block_factors: List with the `BlockFactors` of each block.
         variables: List of `vector`, `records` and, with `accumulates`, the
             variable that sums up what the update's steps so far have measured.
             There is none without a probe.
@@ -42,16 +44,19 @@ class FactorStore:
     """
 
     def __init__(self, probes, normalization, accumulates, add_variable):
-        self.curvatures = [BlockFactors(probe) for probe in probes]
+        self.block_factors = []
+        # The keys of those that the update's steps so far have measured.
+        self._measured = set()
         self._normalization = NORMALIZATIONS[normalization]
         self.variables = []
         self.vector = None
         self.records = None
         if not probes:
             return
-        self._find_uses()
-        self._lay_out()
-        sizes = {"factors": self._size, "records": 2 * len(self.curvatures)}
+        blocks = [probe.block for probe in probes]
+        self._find_uses(blocks)
+        places = self._lay_out(blocks)
+        sizes = {"factors": self._size, "records": 2 * len(probes)}
         if accumulates:
             sizes["answers"] = self._size
         self.variables = [
@@ -61,69 +66,100 @@ class FactorStore:
                 dtype="float32",
                 # All replicas write the same value.
                 aggregation="only_first_replica",
-                layout=backend.whole_layout(probes[0].block.parameters[0]),
+                layout=backend.replicated_layout(probes[0].block.parameters[0]),
                 name=name,
             )
             for name, size in sizes.items()
         ]
         self.vector, self.records = self.variables[:2]
-        for curvature in self.curvatures:
-            curvature.vector = self.vector
+        self.block_factors = [
+            BlockFactors(probe, self.vector, places_of_block)
+            for probe, places_of_block in zip(probes, places, strict=True)
+        ]
 
-    def _find_uses(self):
+    def _find_uses(self, blocks):
         """Find the blocks that have a weight in common."""
         numbers = collections.defaultdict(list)
-        for number, curvature in enumerate(self.curvatures):
-            numbers[curvature.key].append(number)
-        groups = [numbers[curvature.key] for curvature in self.curvatures]
-        for curvature, group in zip(self.curvatures, groups, strict=True):
-            curvature.blocks_of_weight = [self.curvatures[n] for n in group]
+        for number, block in enumerate(blocks):
+            numbers[id(block.parameters[0])].append(number)
         # For each block the blocks of its weight. `None` if that is itself.
         self._uses = None
-        if len(numbers) < len(self.curvatures):
-            self._uses = _matrix(groups)
+        if len(numbers) < len(blocks):
+            self._uses = _padded(
+                [numbers[id(block.parameters[0])] for block in blocks]
+            )
 
-    def _lay_out(self):
-        """Find a place for each factor."""
-        # The names of the factors of each row, with the number of their block.
-        rows = []
+    def _lay_out(self, blocks):
+        """Find a place for each factor.
+
+        Returns:
+            List with the `places` of each `BlockFactors`.
+        """
+        places = [{} for _ in blocks]
+        # The names of the factors of each segment, with their block's number.
+        segments = []
         lengths = []
         self._starts = []
         self._size = 0
-        for number, curvature in enumerate(self.curvatures):
-            shapes = curvature.shapes()
+        for number, block in enumerate(blocks):
+            shapes = factor_shapes(block)
             self._starts.append(self._size)
-            for names in curvature.rows(self._normalization):
+            for names in names_of_segments(block, self._normalization):
                 start = self._size
                 for name in names:
-                    curvature.places[name] = self._size, shapes[name]
+                    places[number][name] = self._size, shapes[name]
                     self._size += math.prod(shapes[name])
-                rows.append((number, names))
+                segments.append((number, names))
                 lengths.append(self._size - start)
-        self._rows = Segments(lengths)
-        self._places_of_ones = backend.constant(self._starts, "int32")
-        rows_of_blocks = [[] for _ in self.curvatures]
-        for row, (number, _) in enumerate(rows):
-            rows_of_blocks[number].append(row)
-        self._rows_of_blocks = _matrix(rows_of_blocks)
-        self._blocks_of_rows = backend.constant([n for n, _ in rows], "int32")
+        self._segments = Segments(lengths)
+        self._places_of_calls = backend.constant(self._starts, "int32")
+        segments_of_blocks = [[] for _ in blocks]
+        for segment, (number, _) in enumerate(segments):
+            segments_of_blocks[number].append(segment)
+        self._segments_of_blocks = _padded(segments_of_blocks)
+        self._blocks_of_segments = backend.constant(
+            [n for n, _ in segments], "int32"
+        )
         # Nothing is normalized together with the input that is always 1.
-        self._is_one = backend.constant(
-            np.repeat([names == ["one"] for _, names in rows], lengths), "bool"
+        self._is_bias_input = backend.constant(
+            np.repeat(
+                [names == ["bias_input"] for _, names in segments], lengths
+            ),
+            "bool",
         )
         # The scale of the loss is that of `s`.
         self._has_scale = backend.constant(
-            ["gradient" in names[-1] for _, names in rows], "float32"
+            ["gradient" in names[-1] for _, names in segments], "float32"
         )
         self._epsilon_scales = backend.constant(
             [
-                self.curvatures[number].block.epsilon_scale
-                if "activation" in names
-                else 1
-                for number, names in rows
+                blocks[number].epsilon_scale if "activation" in names else 1
+                for number, names in segments
             ],
             "float32",
         )
+        return places
+
+    def without_answer(self, answers, is_first):
+        """The blocks of whose weight an update has measured nothing yet.
+
+        Args:
+            answers: Collection of the ids of the probes that have answered in
+                this step.
+            is_first: Bool. Whether it is the first step of the update. (A
+                program that is traced is the same for all steps of one.)
+
+        Returns:
+            List of `BlockFactors`.
+        """
+        if is_first:
+            self._measured = set()
+        self._measured |= {
+            factors.key
+            for factors in self.block_factors
+            if id(factors.probe) in answers
+        }
+        return [f for f in self.block_factors if f.key not in self._measured]
 
     def join(self, answers):
         """Put all that was measured into one vector.
@@ -134,10 +170,11 @@ class FactorStore:
 
         Returns:
             A vector laid out as the factors are, with the sums of what was
-            measured. That of "one" is the number of calls.
+            measured. That of "bias_input" is the number of calls.
         """
         vector = self._joined(answers)
-        return vector if ANSWER_SCALE == 1 else vector * (1 / ANSWER_SCALE)
+        scale = BackendProbe.ANSWER_SCALE
+        return vector if scale == 1 else vector * (1 / scale)
 
     def join_estimates(self, gradients):
         """Put what weights' gradients say of the factors into one vector.
@@ -151,14 +188,12 @@ class FactorStore:
             `epsilon`.
         """
         answers = {}
-        for curvature in self.curvatures:
-            weight = gradients.get(id(curvature))
+        for factors in self.block_factors:
+            weight = gradients.get(id(factors))
             if weight is None:
                 continue
             weight = ops.convert_to_tensor(weight)
-            activation, gradient = curvature.block.estimate_from_gradient(
-                weight
-            )
+            activation, gradient = factors.block.estimate_from_gradient(weight)
             # Like the input that is always 1, which is normalized together
             # with the others and becomes 1: the largest of them.
             largest = ops.max(activation)
@@ -166,24 +201,24 @@ class FactorStore:
             # The gradient of an unused weight is zero.
             is_used = ops.cast(ops.any(weight != 0), "float32")
             parts = [is_used, activation, gradient]
-            if "bias_gradient" in curvature.places:
-                _, shape = curvature.places["bias_gradient"]
+            if "bias_gradient" in factors.places:
+                _, shape = factors.places["bias_gradient"]
                 parts.append(ops.zeros(shape))
-            answers[id(curvature.probe)] = ops.concatenate(
+            answers[id(factors.probe)] = ops.concatenate(
                 list(map(_flat, parts))
             )
         return self._joined(answers)
 
     def _joined(self, answers):
         parts = [
-            answers.get(id(curvature.probe)) for curvature in self.curvatures
+            answers.get(id(factors.probe)) for factors in self.block_factors
         ]
         parts = [
-            ops.zeros(curvature.probe.size) if part is None else part
-            for part, curvature in zip(parts, self.curvatures, strict=True)
+            ops.zeros(factors.probe.size) if part is None else part
+            for part, factors in zip(parts, self.block_factors, strict=True)
         ]
-        vector = backend.join_answers(parts)
-        return backend.keep_layout(vector, self.vector)
+        vector = BackendProbe.join(parts)
+        return backend.constrain_layout(vector, self.vector)
 
     def add(self, answers, is_last):
         """Add what was measured to that of the update's earlier steps.
@@ -198,7 +233,7 @@ class FactorStore:
         total = ops.add(self.variables[2], answers)
         return total, ops.where(is_last, ops.zeros_like(total), total)
 
-    def taken_in(self, answers, scale, epsilon, gamma_1, gamma_2):
+    def updated(self, answers, scale, epsilon, gamma_1, gamma_2):
         """Average the factors with what was measured.
 
         A weight that has several blocks may be used in one of its ways only:
@@ -215,19 +250,19 @@ class FactorStore:
             stay as they were if its weight wasn't used, or if what it measured
             can't be sums of squares: not all of it is finite and positive.
         """
-        calls = backend.take(answers, self._places_of_ones)
+        calls = backend.take(answers, self._places_of_calls)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
         is_used = calls > 0
         divisors = ops.where(is_used, calls, 1.0)
-        divisors = backend.take(divisors, self._blocks_of_rows)
+        divisors = backend.take(divisors, self._blocks_of_segments)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
         answers = ops.where(answers < 0, np.float32(np.nan), answers)
         x, is_finite = self._normalized(answers, divisors, epsilons)
         is_possible = ops.all(
-            backend.take(is_finite, self._rows_of_blocks), axis=1
+            backend.take(is_finite, self._segments_of_blocks), axis=1
         )
         if self._uses is not None:
             is_used = ops.any(backend.take(is_used, self._uses), axis=1)
@@ -235,32 +270,36 @@ class FactorStore:
         is_dropped = ops.logical_xor(is_used, is_usable)
         records = ops.concatenate([is_usable, is_dropped])
         records = ops.add(self.records, ops.cast(records, "float32"))
-        is_usable = backend.take(is_usable, self._blocks_of_rows)
+        is_usable = backend.take(is_usable, self._blocks_of_segments)
         old = ops.convert_to_tensor(self.vector)
         new = running_average(old, x, gamma_1, gamma_2)
-        new = ops.where(self._rows.to_entries(is_usable), new, old)
-        return [new, backend.keep_layout(records, self.records)]
+        new = ops.where(self._segments.to_entries(is_usable), new, old)
+        return [new, backend.constrain_layout(records, self.records)]
 
     def _normalized(self, totals, divisors, epsilons):
-        """Normalize each row of what was measured.
+        """Normalize each segment of what was measured.
 
         Args:
             totals: Vector, laid out as the factors are.
-            divisors: Vector, what to divide each row by.
-            epsilons: Vector of each row's `epsilon`, `None` for zeros.
+            divisors: Vector, what to divide each segment by.
+            epsilons: Vector of each segment's `epsilon`, `None` for zeros.
 
         Returns:
-            The normalized vector, and for each row whether it is finite.
+            The normalized vector, and for each segment whether it is finite.
         """
-        x = totals / self._rows.to_entries(divisors)
-        epsilon = 0.0 if epsilons is None else self._rows.to_entries(epsilons)
+        x = totals / self._segments.to_entries(divisors)
+        epsilon = (
+            0.0 if epsilons is None else self._segments.to_entries(epsilons)
+        )
         names = self._normalization.statistics
-        found = self._rows.statistics(totals, names)
+        found = self._segments.statistics(totals, names)
         found = {name: values / divisors for name, values in found.items()}
         x = self._normalization.function(
-            x, epsilon, *(self._rows.to_entries(found[name]) for name in names)
+            x,
+            epsilon,
+            *(self._segments.to_entries(found[name]) for name in names),
         )
-        x = ops.where(self._is_one, 1.0, x)
+        x = ops.where(self._is_bias_input, 1.0, x)
         # A mean isn't finite if one of the entries isn't.
         return x, ops.isfinite(found["mean"])
 
@@ -269,10 +308,10 @@ def _flat(tensor):
     return backend.reshape(tensor, (-1,))
 
 
-def _matrix(lists):
+def _padded(lists):
     """Make lists of numbers equally long by repeating their first."""
     length = max(map(len, lists), default=0)
-    rows = [
+    segments = [
         numbers + numbers[:1] * (length - len(numbers)) for numbers in lists
     ]
-    return backend.constant(rows, "int32")
+    return backend.constant(segments, "int32")

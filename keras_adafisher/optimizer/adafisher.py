@@ -17,13 +17,13 @@ from typing import Self
 
 import keras
 
-from keras_adafisher import backend
 from keras_adafisher.aliases import LearningRate
 from keras_adafisher.aliases import Normalization
 from keras_adafisher.optimizer import arguments
 from keras_adafisher.optimizer.inspection import Inspection
 from keras_adafisher.optimizer.measuring import Measuring
 from keras_adafisher.optimizer.state import AtomicState
+from keras_adafisher.optimizer.update_mixin import BackendUpdateMixin
 from keras_adafisher.optimizer.updates import Updates
 
 
@@ -33,7 +33,7 @@ class AdaFisher(
     Measuring,
     Inspection,
     AtomicState,
-    backend.Updater,
+    BackendUpdateMixin,
     arguments.Hyperparameters,
     keras.optimizers.Optimizer,
 ):

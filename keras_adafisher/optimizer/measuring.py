@@ -13,6 +13,7 @@ from keras_adafisher import backend
 from keras_adafisher import steps
 from keras_adafisher.aliases import Tensor
 from keras_adafisher.optimizer.update_rms import are_measured
+from keras_adafisher.probe import BackendProbe
 from keras_adafisher.probe import Probe
 from keras_adafisher.probe import probes_at
 
@@ -60,9 +61,9 @@ class Measuring:
         if not self.built:
             return
         lost = [
-            curvature.block.parameters[0].path
-            for curvature in self._curvatures
-            if curvature.probe not in probes_at(curvature.block.parameters[0])
+            factors.block.parameters[0].path
+            for factors in self._store.block_factors
+            if factors.probe not in probes_at(factors.block.parameters[0])
         ]
         if lost:
             raise ValueError(
@@ -94,11 +95,11 @@ class Measuring:
             estimate from the weight's gradient. `None` if the optimizer has no
             factors of the block.
         """
-        for number, curvature in enumerate(self._curvatures):
-            if curvature.probe is probe:
-                records = ops.convert_to_numpy(self._factors.records)
+        for number, factors in enumerate(self._store.block_factors):
+            if factors.probe is probe:
+                records = ops.convert_to_numpy(self._store.records)
                 taken, dropped = records.reshape(2, -1)[:, number]
-                return float(taken), float(dropped), curvature.is_estimated
+                return float(taken), float(dropped), factors.is_estimated
         return None
 
     def finalize_variable_values(
@@ -115,13 +116,13 @@ class Measuring:
         super().finalize_variable_values(var_list)
         # After an error, variables may have no values on JAX.
         has_failed = sys.exc_info()[0] is not None
-        if has_failed or not self.built or not self._curvatures:
+        if has_failed or not self.built or not self._store.block_factors:
             return
-        records = ops.convert_to_numpy(self._factors.records).reshape(2, -1)
+        records = ops.convert_to_numpy(self._store.records).reshape(2, -1)
         unusable = [
-            curvature.block.parameters[0].path
-            for curvature, (taken, dropped) in zip(
-                self._curvatures, records.T, strict=True
+            factors.block.parameters[0].path
+            for factors, (taken, dropped) in zip(
+                self._store.block_factors, records.T, strict=True
             )
             if dropped > taken
         ]
@@ -161,66 +162,60 @@ class Measuring:
         if measuring is False:
             return
         found = self._answers_by_probe(answers)
-        probes = [c.probe for c in self._curvatures if id(c.probe) in found]
+        probes = [
+            f.probe for f in self._store.block_factors if id(f.probe) in found
+        ]
         count = self.gradient_accumulation_steps or 1
-        if count == 1 or backend.is_traced(step) or step % count == 0:
-            self._measured = set()
-        # By all steps of an update so far.
-        self._measured |= {
-            curvature.key
-            for curvature in self._curvatures
-            if id(curvature.probe) in found
-        }
+        is_first = count == 1 or backend.is_traced(step) or step % count == 0
         # Without an answer for any use of a weight, its gradient has to do.
         self._update.unmeasured = {
-            id(curvature)
-            for curvature in self._curvatures
-            if curvature.key not in self._measured
+            id(factors)
+            for factors in self._store.without_answer(found, is_first)
         }
-        for curvature in self._curvatures:
-            if id(curvature) not in self._update.unmeasured:
-                curvature.is_estimated = False
+        for factors in self._store.block_factors:
+            if id(factors) not in self._update.unmeasured:
+                factors.is_estimated = False
         self._warn_of_missing_answers()
         if not probes:
             return
 
         # All in one list, so that they can travel together.
-        sums = backend.sum_over_replicas(
+        sums = BackendProbe.sum_over_replicas(
             probes, [found[id(probe)] for probe in probes], measuring
         )
         answered = dict(zip(map(id, probes), sums, strict=True))
-        factors = self._factors
+        store = self._store
 
         # The scale of the loss is the scale of `s`.
         scale = self._loss_scale_now() * count
 
-        def taken_in(total):
-            return factors.taken_in(
+        def updated(total):
+            return store.updated(
                 total, scale, self.epsilon, self.gamma_1, self.gamma_2
             )
 
         def new_values():
-            total = factors.join(answered)
+            total = store.join(answered)
             if count == 1:
-                return taken_in(total)
+                return updated(total)
             is_last = (step + 1) % count == 0
-            total, rest = factors.add(total, is_last)
+            total, rest = store.add(total, is_last)
             values = backend.cond(
                 is_last,
-                lambda: taken_in(total),
-                lambda: list(map(ops.convert_to_tensor, factors.variables[:2])),
+                lambda: updated(total),
+                lambda: list(map(ops.convert_to_tensor, store.variables[:2])),
             )
             return [*values, rest]
 
-        self._assign_if(measuring, factors.variables, new_values)
+        self._assign_if(measuring, store.variables, new_values)
 
     def _answers_by_probe(self, answers):
         """Dict from the id of each probe that has answered to its answer."""
         step = steps.current()
         found = {}
-        for curvature in self._curvatures:
-            probe = curvature.probe
-            answer = backend.answer_of(probe, answers)
+        for factors in self._store.block_factors:
+            probe = factors.probe
+            answer = probe.answer_in(answers)
             # JAX has a gradient, of zeros, for what isn't used too.
             if step is not None and id(probe) not in step.answering:
                 answer = None
@@ -230,15 +225,16 @@ class Measuring:
 
     def _warn_of_missing_answers(self):
         """Warn once if no layer has reported what should have been seen."""
-        seen = [c for c in self._curvatures if c.probe.is_seen]
+        seen = [f for f in self._store.block_factors if f.probe.is_seen]
         if self._has_warned or not seen:
             return
-        if all(id(curvature) in self._update.unmeasured for curvature in seen):
+        if all(id(factors) in self._update.unmeasured for factors in seen):
             self._has_warned = True
             warnings.warn(
                 "AdaFisher is at a step at which it measures its Kronecker "
                 "factors, but no layer has reported anything. It estimates "
-                "them from the weights' gradients. " + backend.HOW_TO_MEASURE,
+                "them from the weights' gradients. "
+                + BackendProbe.HOW_TO_MEASURE,
                 stacklevel=4,
             )
 
@@ -262,7 +258,7 @@ class Measuring:
             return
 
         def laid_out(values):
-            return list(map(backend.keep_layout, values, variables))
+            return list(map(backend.constrain_layout, values, variables))
 
         if steps.mode() == "measure" or condition is True:
             # If there is a condition, it is around the whole step already.

@@ -15,6 +15,7 @@ than the learning rate. The combination is ours.
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.optimizer import update_rule
 
 
 def are_measured(update, interval):
@@ -114,9 +115,7 @@ class UpdateRMS:
             update + 1,
             (update // self._interval + 1) * self._interval,
         )
-        # The counters of JAX and PyTorch run over.
-        updates = _where(updates > 0, updates, 2.0**31)
-        weight = 1 - self._decay**updates
+        weight = 1 - self._decay ** update_rule.past_the_largest(updates)
         root = ops.sqrt(ops.convert_to_tensor(self.variable))
         return (root + epsilon) / weight**0.5
 

@@ -14,7 +14,7 @@ learning rate `lr`, all element by element:
 
 where `c` corrects `m`, and `v`, for having started at zero, and `m` may be
 Nesterov's. The steps of `AdaFisherMuon` are in `orthogonalization.py`; what
-PyTorch does for lists of parameters is in `backend/torch_update.py`.
+PyTorch does for lists of parameters is in `torch_update.py`.
 
 Nothing in this file knows about layers, variables or backends.
 """
@@ -86,10 +86,19 @@ def bounded(step, learning_rate):
 
 
 def past_the_largest(step):
-    """The number of a step, a float, also where the counter ran over.
+    """The number of a step, also where the counter ran over.
 
     JAX and PyTorch count in int32. Past the largest one comes the smallest,
     and a bias correction of a negative step would stop the training. Any large
     number corrects nothing.
+
+    Args:
+        step: Integer, or tensor of any dtype, the number counted from 1.
+            PyTorch's lists are updated with Python's numbers.
+
+    Returns:
+        Integer, or float tensor.
     """
+    if isinstance(step, int):
+        return step if step > 0 else 2**31
     return ops.where(step > 0, step, 2.0**31)

@@ -86,33 +86,27 @@ class Updates:
 
         self._weight_count = weight_count
         self._momentums = self.add_optimizer_variables(variables, "momentum")
-        self._factors = FactorStore(
+        self._store = FactorStore(
             probes,
             self.normalization,
             bool(self.gradient_accumulation_steps),
             self.add_variable,
         )
-        self._curvatures = self._factors.curvatures
         for probe in probes:
-            probe.optimizers.add(self)
+            probe.add_optimizer(self)
         # Without one, AdamW's rule.
-        self._fishers = [
-            FisherDiagonal(self._factors.vector) for _ in variables
-        ]
-        # For each weight the factors that its gradient may have to estimate.
-        self._curvatures_of = [[] for _ in variables]
+        self._fishers = [FisherDiagonal(self._store.vector) for _ in variables]
         # While `apply` runs.
         self._update = None
-        # The keys of the factors measured by the steps of an update so far.
-        self._measured = set()
-        for curvature in self._curvatures:
-            for parameter, *term in curvature.terms():
+        for factors in self._store.block_factors:
+            for parameter, *term in factors.terms():
                 index = self._index_of(parameter)
                 if index is None:
                     continue
-                self._fishers[index].add(*term)
-                if parameter is curvature.block.weight:
-                    self._curvatures_of[index].append(curvature)
+                fisher = self._fishers[index]
+                fisher.add(*term)
+                if parameter is factors.block.weight:
+                    fisher.factors_of_weight.append(factors)
         add_variable = functools.partial(
             self.add_variable,
             dtype="float32",
@@ -139,7 +133,7 @@ class Updates:
                 self,
                 functools.partial(
                     add_variable,
-                    layout=backend.whole_layout(variables[factored[0]]),
+                    layout=backend.replicated_layout(variables[factored[0]]),
                 ),
             )
 
@@ -217,8 +211,8 @@ class Updates:
         )
         try:
             self._update_factors(answers, step)
-            for curvature in self._curvatures:
-                backend.clear_answer(curvature.probe)
+            for factors in self._store.block_factors:
+                factors.probe.clear_answer()
             super().apply(parameter_grads, parameters)
         finally:
             # No tensor of a trace that failed stays here.
@@ -273,21 +267,21 @@ class Updates:
             index = self._get_variable_index(variable)
             if self._fishers[index]:
                 gradients[index] = gradient
-            for curvature in self._curvatures_of[index]:
-                if id(curvature) in self._update.unmeasured:
-                    unmeasured[id(curvature)] = gradient
-                    curvature.is_estimated = True
-        factors = self._factors
+            for factors in self._fishers[index].factors_of_weight:
+                if id(factors) in self._update.unmeasured:
+                    unmeasured[id(factors)] = gradient
+                    factors.is_estimated = True
+        store = self._store
 
         def estimated():
-            estimates = factors.join_estimates(unmeasured)
-            return factors.taken_in(
+            estimates = store.join_estimates(unmeasured)
+            return store.updated(
                 estimates, 1.0, 0.0, self.gamma_1, self.gamma_2
             )
 
         if unmeasured:
             self._assign_if(
-                self._update.is_measuring, factors.variables[:2], estimated
+                self._update.is_measuring, store.variables[:2], estimated
             )
 
         update = self._update.number
@@ -298,10 +292,9 @@ class Updates:
                     orthogonalized[index] = gradients.pop(index)
 
         def averaged():
-            found = backend.mean_squares_of_quotients(
+            found = self._mean_squares_of_quotients(
                 list(gradients.values()),
                 [self._fishers[index] for index in gradients],
-                self.damping,
             )
             squares = dict(zip(gradients, found, strict=True))
             return [self._mean_squares.averaged(squares, update)]

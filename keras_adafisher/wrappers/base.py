@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from keras_adafisher.aliases import Tensor
+from keras_adafisher.probe import BackendProbe
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
-from keras_adafisher.probe import tap
 from keras_adafisher.probe import unmark_parameters
 from keras_adafisher.wrappers.block import Block
 
@@ -119,7 +119,7 @@ class LayerWrapper(keras.layers.Layer):
                 probe = None
                 if block.parameters:
                     suffix = f"_{index}" if index else ""
-                    probe = Probe(block, self.host, f"probe{suffix}")
+                    probe = BackendProbe(block, self.host, f"probe{suffix}")
                     self.probes.append(probe)
                 self._taps.append(probe)
 
@@ -177,7 +177,7 @@ class LayerWrapper(keras.layers.Layer):
                 f"`{self.__class__.__name__}.make_blocks()` returned, which "
                 f"has {len(self._taps)} blocks. Received: block={block}"
             ) from None
-        return z if probe is None else tap(z, h, probe)
+        return z if probe is None else probe.tap(z, h)
 
     def host_call(self, *args: Any, **kwargs: Any) -> Any:
         """What the host's class computes."""

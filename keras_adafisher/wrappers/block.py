@@ -36,9 +36,9 @@ class Block:
             shares the weight's, as it does in most layers.
         is_estimated: Bool. Whether the factors come from the gradient of the
             weight, not from a tap: see `GradientBlock`.
-        normalizes_one: Bool. Whether the entry 1 that `H` has for the bias
-            takes part in the normalization, as in a dense map. It is 1 after
-            it otherwise.
+        normalizes_bias_input: Bool. Whether the entry 1 that `H` has for the
+            bias takes part in the normalization, as in a dense map. It is 1
+            after it otherwise.
         epsilon_scale: Number. Multiplies `AdaFisher`'s `epsilon`, for blocks
             whose `H` the authors' code divides by it.
     """
@@ -47,7 +47,7 @@ class Block:
     gradient_shape: Shape = ()
     bias_gradient_shape: Shape | None = None
     is_estimated: bool = False
-    normalizes_one: bool = True
+    normalizes_bias_input: bool = True
     epsilon_scale: float = 1
 
     def __init__(
@@ -71,11 +71,11 @@ class Block:
         return [v for v in (self.weight, self.bias) if v is not None]
 
     @property
-    def takes_rows(self) -> bool:
-        """Whether `fisher_of_weight` takes some rows of the factors too.
+    def takes_slices(self) -> bool:
+        """Whether `fisher_of_weight` takes slices of the factors too.
 
-        A row is a position on the weight's first axis. Then large weights are
-        updated in parts, and take less memory.
+        They are those that belong to a slice of the weight's first axis. Then
+        large weights are updated in parts, and take less memory.
         """
         cls = type(self)
         has_own = cls.operands_of_weight is not Block.operands_of_weight
@@ -184,11 +184,12 @@ class Block:
         """
         return activation, gradient
 
-    def fisher_of_bias(self, one: Tensor, gradient: Tensor) -> Tensor:
+    def fisher_of_bias(self, bias_input: Tensor, gradient: Tensor) -> Tensor:
         """The Fisher diagonal of the bias, undamped.
 
         Args:
-            one: Scalar tensor, the running factor of the input that is 1.
+            bias_input: Scalar tensor, the running factor of the input that is
+                always 1.
             gradient: The running `S`, of shape `bias_gradient_shape` if the
                 bias has its own, else of shape `gradient_shape`.
 
@@ -196,18 +197,18 @@ class Block:
             A new tensor that broadcasts to the bias' shape. The caller may
             overwrite it.
         """
-        one, gradient = self.operands_of_bias(one, gradient)
-        return one * gradient
+        bias_input, gradient = self.operands_of_bias(bias_input, gradient)
+        return bias_input * gradient
 
     def operands_of_bias(
-        self, one: Tensor, gradient: Tensor
+        self, bias_input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The two tensors whose product `fisher_of_bias` is.
 
         Args:
-            one, gradient: See `fisher_of_bias`.
+            bias_input, gradient: See `fisher_of_bias`.
         """
-        return one, gradient
+        return bias_input, gradient
 
 
 class GradientBlock(Block):
@@ -217,10 +218,10 @@ class GradientBlock(Block):
     fused kernel on most devices, or those of a layer whose code can't be taken
     apart.
 
-    For one row, the weight's gradient is `g = h sᵀ`. The mean of `g²` over the
-    outputs is `H` times a constant, its mean over the inputs is `S` times a
+    For one example, the weight's gradient is `g = h sᵀ`. The mean of `g²` over
+    the outputs is `H` times a constant, its mean over the inputs is `S` times a
     constant, and the normalization removes the constants: the estimate is
-    exact. For the sum over many independent rows, `g²` has the expectation
+    exact. For the sum over many independent examples, `g²` has the expectation
     `H ⊗ S` times their number as far as `h²` and `s²` are independent and `g`
     has mean zero: the estimate is `H` and `S` plus noise. Where the mean of `g`
     outweighs its noise, as in full batches, it tends to the rank-one factors of

@@ -42,7 +42,7 @@ class ConvBlock(Block):
     """
 
     # Those of the first kernel axis. Groups are on the last two.
-    takes_rows = True
+    takes_slices = True
 
     def __init__(
         self,

@@ -25,14 +25,14 @@ class ConvTransposeBlock(Block):
         z[p, o] = sum_{i, c} patch[p, i, c] W[i, o, c] + b[o]
 
     where `patch[p, i, c]` is `h[q, c]` if there is such a `q`, else 0. So the
-    rows are the output positions, as in a convolution, and the layer is a
+    examples are the output positions, as in a convolution, and the layer is a
     convolution of its input with zeros between the entries.
 
     `H` has an entry for each kernel tap and input channel: the mean of
     `patch²` over batch and output positions, zeros included. `S` has an entry
     for each filter: the mean of `s²` over batch and output positions. The
-    bias is the weight of an input 1 to every row, so zeros belong to the mean:
-    without them, `H` and the bias' 1 would count different rows.
+    bias is the weight of an input 1 to every example, so zeros belong to the
+    mean: without them, `H` and the bias' 1 would count different examples.
 
     Ours, after the convolutions of arXiv 2405.16397, Section 3.1 and
     Appendix A.
@@ -95,9 +95,9 @@ class ConvTransposeBlock(Block):
         return backend.reshape(s, self.gradient_shape)
 
     def operands_of_bias(
-        self, one: Tensor, gradient: Tensor
+        self, bias_input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return one, backend.reshape(gradient, (-1,))
+        return bias_input, backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.Conv1DTranspose)

@@ -71,9 +71,9 @@ class DepthwiseConvBlock(Block):
         return backend.reshape(s, self.gradient_shape)
 
     def operands_of_bias(
-        self, one: Tensor, gradient: Tensor
+        self, bias_input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return one, backend.reshape(gradient, (-1,))
+        return bias_input, backend.reshape(gradient, (-1,))
 
 
 @register_wrapper(keras.layers.DepthwiseConv1D)

@@ -28,8 +28,8 @@ class EinsumBlock(Block):
       normalized as one vector.
 
     `H` and `S` are the means of `h²` and `s²` over all labels that the kernel
-    lacks, the ellipsis included: these are the rows. A label of the input
-    alone (`b` in `abc,cd->ad`) makes no rows: `z` is linear in the sum over
+    lacks, the ellipsis included: these are the examples. A label of the input
+    alone (`b` in `abc,cd->ad`) makes no examples: `z` is linear in the sum over
     it, so `h` is summed over it before it is squared. Both factors have the
     axes of the kernel, with size 1 for the labels that they lack.
 
@@ -131,13 +131,13 @@ class EinsumBlock(Block):
         )
 
     def operands_of_bias(
-        self, one: Tensor, gradient: Tensor
+        self, bias_input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.bias_gradient_shape is None:
             gradient = backend.reshape(gradient, self.s_sizes)
             gradient = _permute(gradient, self.kernel_s_labels, self.s_labels)
             gradient = backend.reshape(gradient, self.bias_shape)
-        return one, gradient
+        return bias_input, gradient
 
     def _mean_square(self, x, labels, kept):
         """Mean of `x²` over the ellipsis and all labels that aren't `kept`."""

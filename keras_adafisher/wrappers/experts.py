@@ -44,9 +44,9 @@ class ExpertsBlock(GradientBlock):
         )
 
     def operands_of_bias(
-        self, one: Tensor, gradient: Tensor
+        self, bias_input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return one, ops.squeeze(gradient, axis=1)
+        return bias_input, ops.squeeze(gradient, axis=1)
 
 
 @register_wrapper_by_name("keras_hub", *EXPERTS)

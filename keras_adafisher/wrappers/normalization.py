@@ -26,7 +26,7 @@ class ScaleBlock(Block):
     """
 
     # Scale and shift are factored apart.
-    normalizes_one = False
+    normalizes_bias_input = False
 
     def __init__(
         self,

@@ -1,22 +1,23 @@
-"""Training steps: where layers have taps, and lists have probes.
+"""What a training step is.
 
 While a step runs, and only then, the `trainable_variables` of layers and models
-end with the probes (`probe.py`), because what is differentiated and what the
-optimizer gets is taken from there. `fit` and `train_on_batch` make a step of a
-model's `train_step` (`hooks.py`), a custom loop decorates its function with
-`training_step` (`custom_loops.py`). On PyTorch, probes are in no list, and
-nothing has to be done.
+end with the probes (`probe/probe.py`), because what is differentiated and what
+the optimizer gets is taken from there. `fit` and `train_on_batch` make a step
+of a model's `train_step` (`integration/keras_hooks.py`), a custom loop
+decorates its function with `training_step` (`integration/custom_loops.py`). On
+PyTorch, probes are in no list, and nothing has to be done.
 """
 
 import threading
 
 from keras import ops
 
-from keras_adafisher import backend
-from keras_adafisher.backend.common import AppliedAgain
-
 # Replicas of TensorFlow run in threads of one process, each with its own step.
 _running = threading.local()
+
+
+class AppliedAgain(Exception):
+    """An optimizer is applied twice in a step whose condition knows of once."""
 
 
 class Step:
@@ -24,7 +25,7 @@ class Step:
 
     Args:
         optimizers: List of the AdaFishers that may be applied in it.
-        mode: "ask", where each tap looks whether its answer is wanted,
+        mode: "conditional", where each tap has a condition of its own,
             "measure", where all answers are wanted, or "plain", where none is
             and there are no taps.
         wanted: Dict from the id of an optimizer to a boolean tensor, whether
@@ -34,11 +35,11 @@ class Step:
             the beginning of the step, where state is passed along.
 
     Attributes:
-        answering: Set of the ids of the probes that a tap of this step asks.
+        answering: Set of the ids of the probes that this step requests.
         raises_if_applied_again: Bool. See `count_apply`.
     """
 
-    def __init__(self, optimizers, mode="ask", wanted=None, state=None):
+    def __init__(self, optimizers, mode="conditional", wanted=None, state=None):
         self.optimizers = list(optimizers)
         self.mode = mode
         self._wanted = wanted
@@ -112,9 +113,9 @@ def current():
 
 
 def mode():
-    """The mode of the `Step` that this thread runs: "ask" if there is none."""
+    """The mode of this thread's `Step`: "conditional" if there is none."""
     step = current()
-    return "ask" if step is None else step.mode
+    return "conditional" if step is None else step.mode
 
 
 def request_of(probe):
@@ -125,5 +126,24 @@ def request_of(probe):
     if is_for_training and not probe.host.trainable:
         return False
     if step is None:
-        return backend.request_outside_of_steps(probe)
+        return probe.is_requested_outside_of_steps()
     return step.request_of(probe)
+
+
+def run(make_step, inner, optimizers, function, args, kwargs, once):
+    """Run a function as a training step.
+
+    Args:
+        make_step: Callable that takes the arguments of `Step` behind
+            `optimizers`, and makes one.
+        inner: List of the AdaFishers that train something, none perhaps.
+        optimizers: List of Keras optimizers that are or contain them.
+        function: Callable.
+        args: Tuple, its arguments.
+        kwargs: Dict, its keyword arguments.
+        once: Bool. Whether it is decided once whether the step measures.
+
+    Returns:
+        What the function returns.
+    """
+    raise NotImplementedError("A backend that needs steps has its own.")

@@ -16,8 +16,8 @@ from keras import ops
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_adafisher.backend.torch import count_up
-from keras_adafisher.backend.torch import request_outside_of_steps
 from keras_adafisher.backend.torch import step_number
+from keras_adafisher.optimizer import update_rule
 
 # Entries that are updated together, so that denominators take little memory.
 # On a CPU they should fit into its cache, and lists save less.
@@ -25,11 +25,11 @@ _BATCH_SIZE = {"cpu": 2**17}
 _OTHER_BATCH_SIZE = 2**26
 
 
-class Updater:
+class TorchUpdateMixin:
     """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
 
-    # What the probes know: `Probe.is_asked`.
-    _is_asking = True
+    # What the probes know: `TorchProbe.is_requested`.
+    _has_requested = True
 
     def apply(self, grads, trainable_variables=None):
         step_number(self._iterations)
@@ -39,16 +39,16 @@ class Updater:
         self._tell_compiled_functions()
 
     def _tell_compiled_functions(self):
-        """Say on all probes whether they are asked in the next step."""
+        """Say on all probes whether the next step is to measure."""
         if in_stateless_scope() or not self.built:
             return
-        is_asking = self.measures_factors()
-        if is_asking == self._is_asking:
+        requests = self.measures_factors()
+        if requests == self._has_requested:
             return
-        self._is_asking = is_asking
-        for curvature in self._curvatures:
-            probe = curvature.probe
-            probe.is_asked = request_outside_of_steps(probe)
+        self._has_requested = requests
+        for factors in self._store.block_factors:
+            probe = factors.probe
+            probe.is_requested = probe.is_requested_outside_of_steps()
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if in_stateless_scope() or self._has_own_update_step():
@@ -127,15 +127,15 @@ class Updater:
             learning_rate = learning_rate.to(values[0].device)
         is_bounded = is_factored and roots is not None
         fishers = [self._fishers[index] for index in indices]
-        for rows, value in _parts(values, fishers):
-            momentum, gradient = _cut(rows, momentums, gradients)
+        for cut, value in _parts(values, fishers):
+            momentum, gradient = _sliced(cut, momentums, gradients)
             if is_factored:
-                denominator = _diagonals(fishers, rows)
+                denominator = _diagonals(fishers, cut)
                 torch._foreach_add_(denominator, self.damping)
                 if is_bounded:
                     torch._foreach_mul_(denominator, roots)
             else:
-                (velocity,) = _cut(rows, velocities)
+                (velocity,) = _sliced(cut, velocities)
                 denominator = torch._foreach_sqrt(velocity)
                 torch._foreach_add_(denominator, self.adam_epsilon)
             if self.nesterov:
@@ -155,9 +155,7 @@ class Updater:
 
     def _step_now(self):
         """The number of this update, counted from 1."""
-        # Once the counter, an int32, has run over, nothing is to be corrected.
-        update = self._update.number
-        return update + 1 if update >= 0 else 2**31
+        return update_rule.past_the_largest(self._update.number + 1)
 
     def _correction(self):
         """What the momentum is multiplied by, as an average from zero on."""
@@ -183,53 +181,52 @@ class Updater:
             ]
             torch._foreach_add_(values, grads)
 
+    def _mean_squares_of_quotients(self, gradients, fishers):
+        groups = collections.defaultdict(list)
+        for place, gradient in enumerate(gradients):
+            groups[gradient.dtype, gradient.device].append((place, gradient))
+        norms = {}
+        for (_, device), group in groups.items():
+            for places, batch in _batches(group, device):
+                batch_fishers = [fishers[place] for place in places]
+                parts = [
+                    _norms_of_quotients(part, batch_fishers, self.damping, cut)
+                    for cut, part in _parts(batch, batch_fishers)
+                ]
+                if len(parts) > 1:
+                    # Those of the parts of one large tensor.
+                    parts = [[torch.stack([norm for (norm,) in parts]).norm()]]
+                norms.update(zip(places, *parts, strict=True))
+        norms = [norms[place] for place in range(len(gradients))]
+        roots = [gradient.numel() ** 0.5 for gradient in gradients]
+        # In single precision, whatever the gradients are in.
+        means = torch._foreach_div(norms, roots)
+        return [mean.float() for mean in torch._foreach_mul(means, means)]
 
-def mean_squares_of_quotients(gradients, fishers, damping):
-    groups = collections.defaultdict(list)
-    for place, gradient in enumerate(gradients):
-        groups[gradient.dtype, gradient.device].append((place, gradient))
-    norms = {}
-    for (_, device), group in groups.items():
-        for places, batch in _batches(group, device):
-            batch_fishers = [fishers[place] for place in places]
-            parts = [
-                _norms_of_quotients(part, batch_fishers, damping, rows)
-                for rows, part in _parts(batch, batch_fishers)
-            ]
-            if len(parts) > 1:
-                # Those of the parts of one large tensor.
-                parts = [[torch.stack([norm for (norm,) in parts]).norm()]]
-            norms.update(zip(places, *parts, strict=True))
-    norms = [norms[place] for place in range(len(gradients))]
-    roots = [gradient.numel() ** 0.5 for gradient in gradients]
-    # In single precision, whatever the gradients are in.
-    means = torch._foreach_div(norms, roots)
-    return [mean.float() for mean in torch._foreach_mul(means, means)]
 
-
-def _norms_of_quotients(gradients, fishers, damping, rows):
-    denominators = _diagonals(fishers, rows)
+def _norms_of_quotients(gradients, fishers, damping, cut):
+    denominators = _diagonals(fishers, cut)
     torch._foreach_add_(denominators, damping)
     return torch._foreach_norm(torch._foreach_div(gradients, denominators))
 
 
-def _diagonals(fishers, rows=None):
+def _diagonals(fishers, cut=None):
     """List of new tensors, some Fisher diagonals."""
     vector = fishers[0].vector.value
-    operands = [_operands(fisher, vector, rows) for fisher in fishers]
+    operands = [_operands(fisher, vector, cut) for fisher in fishers]
     pairs = [pair for pair in operands if pair is not None]
     products = torch._foreach_mul(*zip(*pairs, strict=True)) if pairs else []
     products = iter(products)
     return [
-        fisher(rows) if pair is None else next(products)
+        fisher(cut) if pair is None else next(products)
         for fisher, pair in zip(fishers, operands, strict=True)
     ]
 
 
-def _operands(fisher, vector, rows):
-    """`fisher.operands(rows)`, kept as long as they follow the factors."""
-    if rows is not None:
-        return fisher.operands(rows)
+def _operands(fisher, vector, cut):
+    """`fisher.operands(cut)`, kept as long as they follow the factors."""
+    if cut is not None:
+        return fisher.operands(cut)
     # Another vector is that of a stateless call.
     if fisher.kept is None or fisher.kept[0] is not vector:
         operands = fisher.operands()
@@ -297,13 +294,13 @@ def _parts(tensors, fishers):
         A slice of the tensor's first axis, `None` if nothing is cut, and the
         list of what it cuts out of the tensors.
     """
-    is_cut = len(tensors) == 1 and fishers[0].takes_rows
-    for rows in _rows(tensors[0]) if is_cut else [None]:
-        (part,) = _cut(rows, tensors)
-        yield rows, part
+    is_cut = len(tensors) == 1 and fishers[0].takes_slices
+    for cut in _slices(tensors[0]) if is_cut else [None]:
+        (part,) = _sliced(cut, tensors)
+        yield cut, part
 
 
-def _rows(tensor):
+def _slices(tensor):
     """Slices of a large tensor's first axis. `[None]`: it needn't be cut."""
     limit = _BATCH_SIZE.get(tensor.device.type, _OTHER_BATCH_SIZE)
     if tensor.numel() <= limit:
@@ -312,11 +309,11 @@ def _rows(tensor):
     return [slice(i, i + size) for i in range(0, len(tensor), size)]
 
 
-def _cut(rows, *lists):
-    """Rows of all tensors in some lists, which have one each."""
-    if rows is None:
+def _sliced(cut, *lists):
+    """A slice of all tensors in some lists, which have one each."""
+    if cut is None:
         return lists
-    return [[tensor[rows] for tensor in tensors] for tensors in lists]
+    return [[tensor[cut] for tensor in tensors] for tensors in lists]
 
 
 def _can_be_read(learning_rate):

@@ -13,7 +13,7 @@ from models import to_numpy
 import keras_adafisher
 from keras_adafisher.factors.block_factors import FisherDiagonal
 from keras_adafisher.factors.store import FactorStore
-from keras_adafisher.probe import Probe
+from keras_adafisher.probe import BackendProbe
 from keras_adafisher.wrappers import Block
 
 GAMMA_1, GAMMA_2 = 0.3, 0.2
@@ -22,12 +22,12 @@ GAMMA_1, GAMMA_2 = 0.3, 0.2
 class Map(Block):
     """A block of which only shapes and how to normalize are asked for."""
 
-    def __init__(self, h, s, weight=None, bias=True, one=True, scale=1):
+    def __init__(self, h, s, weight=None, bias=True, joins=True, scale=1):
         if weight is None:
             weight = keras.Variable(np.zeros(1, "float32"))
         super().__init__(weight, keras.Variable(0.0) if bias else None)
         self.activation_shape, self.gradient_shape = h, s
-        self.normalizes_one, self.epsilon_scale = one, scale
+        self.normalizes_bias_input, self.epsilon_scale = joins, scale
 
 
 class OwnBiasMap(Map):
@@ -40,7 +40,7 @@ class OwnBiasMap(Map):
 
 
 def probe(block):
-    return Probe(block, host=types.SimpleNamespace(trainable=True))
+    return BackendProbe(block, host=types.SimpleNamespace(trainable=True))
 
 
 def make(blocks, normalization="min_max", accumulates=False):
@@ -68,8 +68,8 @@ def make(blocks, normalization="min_max", accumulates=False):
 def measure(factors, rng, calls, scale=1.0):
     """Answers of all probes, and the means that they are the sums of."""
     answers, means = {}, []
-    for curvature, count in zip(factors.curvatures, calls, strict=True):
-        _, inputs, *outputs = curvature.probe.sizes
+    for of_block, count in zip(factors.block_factors, calls, strict=True):
+        _, inputs, *outputs = of_block.probe.sizes
         means.append(
             [
                 rng.gamma(2.0, size=size) * (count > 0)
@@ -77,24 +77,24 @@ def measure(factors, rng, calls, scale=1.0):
             ]
         )
         h, s = means[-1]
-        answers[id(curvature.probe)] = answer(
+        answers[id(of_block.probe)] = answer(
             count, count * h, count * scale**2 * s
         )
     return answers, means
 
 
 def answer(*parts):
-    """What a probe's gradient is: see `probe.py`."""
+    """What a probe's gradient is: see `probe/probe.py`."""
     parts = [np.ravel(part) for part in parts]
     vector = 2.0**-40 * np.concatenate(parts)
     return ops.convert_to_tensor(vector.astype("float32"))
 
 
 def take_in(factors, answers, scale=1.0, epsilon=0.0):
-    """Set the factors to what `taken_in` returns."""
+    """Set the factors to what `updated` returns."""
     assign(
         factors,
-        factors.taken_in(
+        factors.updated(
             factors.join(answers), scale, epsilon, GAMMA_1, GAMMA_2
         ),
     )
@@ -108,11 +108,11 @@ def assign(factors, values):
 def state(factors):
     return [
         {
-            name: to_numpy(curvature.factor(name))
-            for name in curvature.places
-            if name != "one" or curvature.block.bias is not None
+            name: to_numpy(of_block.factor(name))
+            for name in of_block.places
+            if name != "bias_input" or of_block.block.bias is not None
         }
-        for curvature in factors.curvatures
+        for of_block in factors.block_factors
     ]
 
 
@@ -127,11 +127,11 @@ def expected(old, block, means, normalization="min_max", epsilon=0.0):
     of_h = epsilon * block.epsilon_scale
     new = {"gradient": normalize(s, epsilon)}
     if block.bias is not None:
-        if normalization == "min_max" and block.normalizes_one:
+        if normalization == "min_max" and block.normalizes_bias_input:
             entries = normalize(np.append(h, 1.0), of_h)
-            new["activation"], new["one"] = entries[:-1], entries[-1]
+            new["activation"], new["bias_input"] = entries[:-1], entries[-1]
         else:
-            new["activation"], new["one"] = normalize(h, of_h), 1.0
+            new["activation"], new["bias_input"] = normalize(h, of_h), 1.0
         if own is not None:
             new["bias_gradient"] = normalize(own, epsilon)
     else:
@@ -162,7 +162,7 @@ def test_each_block_is_normalized_on_its_own(
         Map((6, 1), (1, 6)),
         Map((5,), (2, 3)),
         Map((2, 3), (6,), bias=False, scale=9),
-        Map((6,), (6,), one=False),
+        Map((6,), (6,), joins=False),
         Map((4,), (1,)),
         Map((), ()),
         Map((1, 1), (1, 4), scale=3),
@@ -196,22 +196,24 @@ def test_each_block_is_normalized_on_its_own(
 def test_the_entry_of_the_bias_takes_part(values, new, new_one, copies):
     factors = make([Map((2,), (1,)) for _ in range(copies)])
     answers = {
-        id(curvature.probe): answer(1.0, values, 1.0)
-        for curvature in factors.curvatures
+        id(of_block.probe): answer(1.0, values, 1.0)
+        for of_block in factors.block_factors
     }
     total = factors.join(answers)
-    assign(factors, factors.taken_in(total, 1.0, 0.0, 0.0, 1.0))
+    assign(factors, factors.updated(total, 1.0, 0.0, 0.0, 1.0))
     before = make([Map((2,), (1,)) for _ in range(copies)])
-    for old, curvature in zip(
-        before.curvatures, factors.curvatures, strict=True
+    for old, of_block in zip(
+        before.block_factors, factors.block_factors, strict=True
     ):
         np.testing.assert_allclose(
-            to_numpy(curvature.activation) - to_numpy(old.activation),
+            to_numpy(of_block.activation) - to_numpy(old.activation),
             new,
             atol=1e-6,
         )
         np.testing.assert_allclose(
-            to_numpy(curvature.one) - to_numpy(old.one), new_one, atol=1e-6
+            to_numpy(of_block.bias_input) - to_numpy(old.bias_input),
+            new_one,
+            atol=1e-6,
         )
 
 
@@ -224,7 +226,7 @@ def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad, normalization):
     answers, means = measure(factors, rng, [1, 1, 1])
     # One entry of the second block's second vector.
     broken = [1.0, 2.0, bad, 3.0, 4.0]
-    answers[id(factors.curvatures[1].probe)] = answer(1, means[1][0], broken)
+    answers[id(factors.block_factors[1].probe)] = answer(1, means[1][0], broken)
     take_in(factors, answers)
     wanted = [
         expected(old, block, mean, normalization)
@@ -250,7 +252,7 @@ def test_unused_blocks_keep_their_factors(rng):
     factors = make(blocks)
     before = state(factors)
     answers, means = measure(factors, rng, [0, 0, 2, 1])
-    del answers[id(factors.curvatures[3].probe)]
+    del answers[id(factors.block_factors[3].probe)]
     take_in(factors, answers)
     assert_state(
         factors,
@@ -285,11 +287,11 @@ def test_an_estimate_changes_the_factors_of_its_block_only(rng):
     before = state(factors)
     h, s = rng.normal(size=(3, 1)), rng.normal(size=(1, 2))
     gradient = ops.convert_to_tensor((h * s).astype("float32"))
-    curvature = factors.curvatures[1]
+    of_block = factors.block_factors[1]
 
     def take_in(gradient):
-        estimates = factors.join_estimates({id(curvature): gradient})
-        assign(factors, factors.taken_in(estimates, 1.0, 0.0, GAMMA_1, GAMMA_2))
+        estimates = factors.join_estimates({id(of_block): gradient})
+        assign(factors, factors.updated(estimates, 1.0, 0.0, GAMMA_1, GAMMA_2))
 
     take_in(gradient)
     after = expected(before[1], blocks[1], (h**2, s**2), "mean")
@@ -316,8 +318,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_rows_of_a_fisher_diagonal(name):
-    """All rows, a few at a time, are the whole."""
+def test_slices_of_a_fisher_diagonal(name):
+    """All slices, one by one, are the whole."""
     make_layer, shape = LAYERS[name]
     model = keras.Sequential([keras.Input(shape), make_layer()])
     keras_adafisher.wrap(model)
@@ -326,11 +328,11 @@ def test_rows_of_a_fisher_diagonal(name):
     blocks = [found.block for found in probes_in(layer)]
     factors = make(blocks, normalization="mean")
     fisher = FisherDiagonal(factors.vector)
-    for curvature in factors.curvatures:
-        for parameter, *term in curvature.terms():
+    for of_block in factors.block_factors:
+        for parameter, *term in of_block.terms():
             if parameter is weight:
                 fisher.add(*term)
-    assert fisher.takes_rows
+    assert fisher.takes_slices
     whole = ops.broadcast_to(fisher(), weight.shape)
     for size in (1, 2):
         parts = []

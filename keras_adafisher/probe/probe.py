@@ -33,12 +33,11 @@ from keras import ops
 from keras_adafisher import backend
 from keras_adafisher import steps
 
-# See the top. On PyTorch it is 1.
-ANSWER_SCALE = backend.ANSWER_SCALE
-
 
 class Probe:
     """Where one block reports what it measures.
+
+    A backend has a subclass, `BackendProbe`, in a file of its own here.
 
     Args:
         block: The `Block` that measures.
@@ -49,15 +48,24 @@ class Probe:
         size: Int, the length of the vector: one for the number of calls, then
             the entries of `H`, of `S` and, if the bias has an `S` of its own,
             of that.
+        sizes: List of ints that add up to `size`, those of these parts.
         variable: `keras.Variable` of shape `(size,)`, which has to be
             differentiated with the parameters. `None` on PyTorch.
-        tensor: On PyTorch, the tensor in its place. `None` elsewhere.
         optimizers: Weak set of the AdaFishers that have been built for the
             block.
-        process_group: On PyTorch, the processes whose answers belong together.
-        answer: On PyTorch, what was measured since the last update.
-        is_asked: On PyTorch, whether a compiled function measures.
     """
+
+    # What answers are multiplied by on their way, see the top. It is 9e-13: a
+    # mean square of 1e4 adds nothing to a gradient's norm of 1 in float32, and
+    # one of 1e-25 doesn't vanish yet.
+    ANSWER_SCALE = 2.0**-40
+
+    # What to do if no layer has reported anything.
+    HOW_TO_MEASURE = (
+        "In a custom training loop, decorate the step with "
+        "`keras_adafisher.training_step(optimizer)`, and differentiate all of "
+        "`model.trainable_variables` in it."
+    )
 
     def __init__(self, block, host, name="probe"):
         self.block = block
@@ -70,15 +78,10 @@ class Probe:
         self.sizes = [1, *map(math.prod, shapes)]
         self.size = sum(self.sizes)
         self.optimizers = weakref.WeakSet()
-        self.process_group = None
-        self.answer = None
-        self.is_asked = True
-        self.variable = None
-        self.tensor = backend.make_probe_tensor(self.size, block.parameters[0])
-        if self.tensor is None:
-            self.variable = self._make_variable(name)
+        self.variable = self._make_variable(name)
 
     def _make_variable(self, name):
+        """Make `variable`."""
         parameter = self.block.parameters[0]
         with backend.creation_scope(parameter):
             variable = keras.Variable(
@@ -90,7 +93,7 @@ class Probe:
                 # and it and its gradient would differ in dtype.
                 autocast=False,
                 aggregation="only_first_replica",
-                layout=backend.whole_layout(parameter),
+                layout=backend.replicated_layout(parameter),
                 name=name,
             )
         # Keras' own mark for a variable whose "gradient" is no descent
@@ -106,6 +109,102 @@ class Probe:
         return not self.block.is_estimated and (
             getattr(self.host, "quantization_mode", None) is None
         )
+
+    def add_optimizer(self, optimizer):
+        """Take notice of an AdaFisher that was built for the block."""
+        self.optimizers.add(optimizer)
+
+    def tap(self, z, h):
+        """Measure the block between its input and its output.
+
+        Args:
+            z: Tensor, the block's pre-activation.
+            h: Tensor, the activations that the block made `z` from.
+
+        Returns:
+            `z`, unchanged.
+        """
+        request = steps.request_of(self)
+        return z if request is False else self.identity(z, h, request)
+
+    def identity(self, z, h, request):
+        """An identity in whose backward pass the probe answers.
+
+        Args:
+            z, h: See `tap`.
+            request: True or boolean tensor, whether an answer is wanted.
+
+        Returns:
+            `z`.
+        """
+        raise NotImplementedError("Each backend has its own.")
+
+    def is_requested_outside_of_steps(self):
+        """Whether a tap measures where no training step is known to run."""
+        return False
+
+    def answer_in(self, gradients):
+        """The gradient of the probe.
+
+        Args:
+            gradients: Dict from the id of a probe's variable to its gradient.
+
+        Returns:
+            Tensor, or `None` if there is none. On PyTorch a list of tensors,
+            the parts of the vector.
+        """
+        answer = gradients.get(id(self.variable))
+        return None if answer is None else ops.convert_to_tensor(answer)
+
+    def clear_answer(self):
+        """Drop what a backward pass left on the probe."""
+        # AutoGraph, which converts what a `tf.function` calls, warns of a
+        # function that consists of a docstring.
+        return
+
+    @staticmethod
+    def join(answers):
+        """Join answers, one behind the other.
+
+        Args:
+            answers: List of what `answer_in` returned, or of vectors.
+
+        Returns:
+            Vector.
+        """
+        return answers[0] if len(answers) == 1 else ops.concatenate(answers)
+
+    @staticmethod
+    def sum_over_replicas(probes, answers, wanted):
+        """Sum up the answers of all replicas of a data-parallel step.
+
+        Args:
+            probes: List of `Probe`s.
+            answers: List with the answer of each of them.
+            wanted: Bool or boolean tensor. If false, the sums aren't read, and
+                nothing needs to be sent.
+
+        Returns:
+            A list like `answers`, as if one device had seen the whole batch.
+        """
+        return answers
+
+    @staticmethod
+    def differentiate(compute_loss, data, probes, variables):
+        """Differentiate a loss with respect to probes, eagerly.
+
+        Args:
+            compute_loss: Callable that takes `*data` and returns a scalar
+                tensor.
+            data: Tuple of nested tensors.
+            probes: List of `Probe`s.
+            variables: List of all variables that `compute_loss` reads.
+
+        Returns:
+            List with the gradient of each probe, a tensor or `None`. Nothing
+            else keeps a gradient.
+        """
+        raise NotImplementedError("Keras has no operation for this.")
 
     def measure_activations(self, h):
         """The first part of an answer, `(1, mean h²)`, scaled.
@@ -133,18 +232,29 @@ class Probe:
         """List of the vectors that `measure_activations` joins, not scaled."""
         # Split like the layer, whatever becomes of it: otherwise the compiler
         # may choose that its input is whole, and gather that at each step.
-        statistic = backend.keep_layout_of(
+        statistic = backend.broadcast_layout(
             self.block.activation_statistic(h),
             self.block.activation_shape,
             self.block.parameters[:1],
         )
-        return [backend.one(statistic), backend.reshape(statistic, (-1,))]
+        return [
+            self.one_call(statistic),
+            backend.reshape(statistic, (-1,)),
+        ]
+
+    @staticmethod
+    def one_call(x):
+        """A 1 in a vector of its own, on the device of a tensor `x`.
+
+        The sum of these says how often a layer was called.
+        """
+        return np.ones(1, "float32")
 
     def gradient_parts(self, s):
         """List of the vectors that `measure_gradients` joins, not scaled."""
         statistic = self.block.gradient_statistic(s)
         shares_gradient = self.block.bias_gradient_shape is None
-        statistic = backend.keep_layout_of(
+        statistic = backend.broadcast_layout(
             statistic,
             statistic.shape,
             self.block.parameters[: 2 if shares_gradient else 1],
@@ -157,9 +267,12 @@ class Probe:
     def _join(self, parts):
         # Whole on each device, one by one: pieces of split parts don't fit
         # together.
-        parts = [backend.keep_layout(part, self.variable) for part in parts]
+        parts = [
+            backend.constrain_layout(part, self.variable) for part in parts
+        ]
         vector = parts[0] if len(parts) == 1 else ops.concatenate(parts)
-        return vector if ANSWER_SCALE == 1 else vector * ANSWER_SCALE
+        scale = self.ANSWER_SCALE
+        return vector if scale == 1 else vector * scale
 
     def split(self, answer):
         """Take an answer apart.
@@ -179,86 +292,3 @@ class Probe:
             activation.reshape(self.block.activation_shape),
             gradient[: self.sizes[2]].reshape(self.block.gradient_shape),
         )
-
-
-def probe_of(variable):
-    """The `Probe` that a variable belongs to, `None` for a parameter."""
-    return getattr(variable, "adafisher_probe", None)
-
-
-def probes_at(parameter):
-    """List of the `Probe`s that measure for a parameter of a wrapped layer."""
-    return getattr(parameter, "adafisher_probes", [])
-
-
-def probes_of(parameters):
-    """List of the `Probe`s that measure for some parameters.
-
-    Without those of layers that don't train. Where several optimizers share a
-    layer's parameters, the probe goes with the weight: it answers once.
-    """
-    parameters = list(parameters)
-    known = {id(parameter) for parameter in parameters}
-    found = {}
-    for parameter in parameters:
-        for probe in probes_at(parameter):
-            weight = probe.block.parameters[0]
-            is_elsewhere = weight.trainable and id(weight) not in known
-            if probe.host.trainable and not is_elsewhere:
-                found[id(probe)] = probe
-    return list(found.values())
-
-
-def with_probes(variables):
-    """Some variables, and behind them the probes that measure for them.
-
-    Args:
-        variables: List of variables.
-
-    Returns:
-        List. On PyTorch, where probes are no variables, an equal one.
-    """
-    known = {id(variable) for variable in variables}
-    # What is estimated has no tap, and its probe never has a gradient.
-    probes = [
-        probe.variable
-        for probe in probes_of(variables)
-        if not probe.block.is_estimated
-    ]
-    return [
-        *variables,
-        *(v for v in probes if v is not None and id(v) not in known),
-    ]
-
-
-def mark_parameters(probe):
-    """Let `probes_at` find a probe."""
-    for parameter in probe.block.parameters:
-        parameter.adafisher_probes = [*probes_at(parameter), probe]
-
-
-def unmark_parameters(probe):
-    """Undo `mark_parameters`."""
-    for parameter in probe.block.parameters:
-        others = [p for p in probes_at(parameter) if p is not probe]
-        if others:
-            parameter.adafisher_probes = others
-        else:
-            del parameter.adafisher_probes
-
-
-def tap(z, h, probe):
-    """Let `probe` measure a block between its input and its output.
-
-    Args:
-        z: Tensor, the block's pre-activation.
-        h: Tensor, the activations that the block made `z` from.
-        probe: The block's `Probe`.
-
-    Returns:
-        `z`, unchanged.
-    """
-    request = steps.request_of(probe)
-    if request is False:
-        return z
-    return backend.tap(z, h, probe, request)

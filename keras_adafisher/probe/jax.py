@@ -1,0 +1,90 @@
+"""JAX' probes: the condition on a request is in the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.interpreters.ad import JVPTracer
+from keras import ops
+
+from keras_adafisher.backend import constrain_layout
+from keras_adafisher.probe.probe import Probe
+
+
+class JaxProbe(Probe):
+    """Where one block reports what it measures, on JAX."""
+
+    def identity(self, z, h, request):
+        # Nothing is measured in forward mode, and JAX can't push a tangent
+        # through a function with a backward pass of its own. Its name isn't
+        # documented, but there is no other way to tell.
+        if isinstance(z, JVPTracer):
+            return z
+        vector = ops.convert_to_tensor(self.variable)
+        h = jax.lax.stop_gradient(ops.convert_to_tensor(h, sparse=False))
+        split = sum(self.sizes[:2])
+
+        def first_part():
+            return self.measure_activations(h)
+
+        def whole(first, s):
+            answer = jnp.concatenate([first[:split], self.measure_gradients(s)])
+            return constrain_layout(answer, self.variable)
+
+        if request is True:
+            # In the forward pass: the backward pass may have another form of
+            # `h` only, and needn't keep this one alive.
+            first = first_part()
+        else:
+            # Where no answer is wanted, there is the probe itself, which is as
+            # good as zero: zeros made anew would be one kernel more for each
+            # size.
+            zeros = jax.lax.stop_gradient(vector)
+            first = jax.lax.cond(
+                request,
+                lambda: constrain_layout(
+                    jnp.concatenate([first_part(), zeros[split:]]),
+                    self.variable,
+                ),
+                lambda: zeros,
+            )
+
+        @jax.custom_vjp
+        def identity(z, vector, first, request):
+            return z
+
+        def forward(z, vector, first, request):
+            return z, (first, request)
+
+        def backward(residuals, s):
+            first, request = residuals
+            if request is None:
+                answer = whole(first, s)
+            else:
+                answer = jax.lax.cond(
+                    request, lambda: whole(first, s), lambda: first
+                )
+            return s, answer, None, None
+
+        identity.defvjp(forward, backward)
+        return identity(z, vector, first, None if request is True else request)
+
+    @staticmethod
+    def differentiate(compute_loss, data, probes, variables):
+        probed = [probe.variable for probe in probes]
+        ids = set(map(id, probed))
+        variables = [v for v in variables if id(v) not in ids]
+
+        # All as arguments: XLA would compute with constants while it compiles.
+        def loss_of(answers, values, data):
+            mapping = [
+                *zip(variables, values, strict=True),
+                *zip(probed, answers, strict=True),
+            ]
+            with keras.StatelessScope(mapping, collect_losses=True):
+                return compute_loss(*data)
+
+        values = [v.value for v in variables]
+        # Compiling all at once takes less than half as long as one by one.
+        return jax.jit(jax.grad(loss_of))(
+            [v.value for v in probed], values, data
+        )
