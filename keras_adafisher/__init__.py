@@ -1,7 +1,7 @@
 """AdaFisher for Keras 3: a second-order optimizer at first-order cost."""
 
 from keras_adafisher.callbacks import FisherHistory
-from keras_adafisher.integration import keras_hooks as _hooks
+from keras_adafisher.integration import compile_hook as _compile_hook
 from keras_adafisher.integration.coverage_report import coverage
 from keras_adafisher.integration.custom_loops import decision_scope
 from keras_adafisher.integration.custom_loops import set_decision_scope
@@ -33,4 +33,4 @@ __all__ = [
     "wrap",
 ]
 
-_hooks.install()
+_compile_hook.install()

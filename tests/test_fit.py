@@ -18,6 +18,7 @@ from models import to_numpy
 from models import weights
 
 import keras_adafisher
+from keras_adafisher.probe import probes_of
 
 BACKEND = keras.backend.backend()
 BATCH = 8
@@ -351,17 +352,46 @@ def test_one_of_several_optimizers_has_the_kernels():
         assert not is_estimated
 
 
-def test_an_optimizer_for_each_variable():
+def test_an_optimizer_for_each_variable_of_a_model_that_is_built_late():
+    model = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(3)])
+    keras_adafisher.wrap(model)
+    ours, other = adafisher(), keras.optimizers.SGD(0.1)
+    model.compile(
+        keras.optimizers.MultiOptimizer(
+            lambda variable: ours if "kernel" in variable.path else other
+        ),
+        loss=cross_entropy(),
+    )
+    model.fit(*data(), batch_size=BATCH, epochs=2, verbose=0)
+    assert len(ours.factored_variables) == 2
+    for probe in probes_in(model):
+        taken, _, is_estimated = ours.records_of(probe)
+        assert taken > 0
+        assert not is_estimated
+
+
+@pytest.mark.parametrize("has_loss_scale", [False, True])
+def test_an_optimizer_for_each_variable(has_loss_scale):
     """As in the documentation of `MultiOptimizer`."""
     keras.utils.set_random_seed(1)
     model = mlp()
     optimizer = keras.optimizers.MultiOptimizer(lambda variable: adafisher())
-    model.compile(optimizer, loss=cross_entropy())
+    outer = optimizer
+    if has_loss_scale:
+        outer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(outer, loss=cross_entropy())
     model.fit(*data(), batch_size=BATCH, verbose=0)
     assert len(optimizer.optimizers) == len(model.trainable_variables)
     # One of a kernel, one of a bias, and so on.
-    for ours in optimizer.optimizers[::2]:
-        assert not any(curvature.is_estimated for curvature in ours._curvatures)
+    for ours, layer in zip(
+        optimizer.optimizers[::2], model.layers, strict=True
+    ):
+        assert ours.factored_variables == [layer.kernel]
+        for probe in probes_of([layer.kernel]):
+            taken, dropped, is_estimated = ours.records_of(probe)
+            assert taken > 0
+            assert not dropped
+            assert not is_estimated
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])

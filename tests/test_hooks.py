@@ -1,4 +1,6 @@
 import inspect
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -112,6 +114,60 @@ def test_a_model_that_is_not_built_yet():
     model.fit(x, y, verbose=0)
     assert optimizer.built
     assert len(probes_in(model)) == 1
+
+
+IMPORT = """
+import keras
+import keras.src.trainers.trainer
+
+classes = [
+    keras.Model, *keras.Model.__mro__, keras.Sequential, keras.layers.Layer,
+    keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer,
+    keras.optimizers.MultiOptimizer,
+]
+
+
+def attributes():
+    return {
+        f"{c.__name__}.{name}": id(value)
+        for c in classes if c is not object for name, value in vars(c).items()
+    }
+
+
+def changed(before):
+    after = attributes()
+    return sorted(name for name in after if after[name] != before.get(name))
+
+
+before = attributes()
+import keras_adafisher
+assert changed(before) == ["Trainer.compile"], changed(before)
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+model.compile(keras.optimizers.Adam(), loss="mse")
+keras_adafisher.AdaFisher()
+assert changed(before) == ["Trainer.compile"], changed(before)
+keras_adafisher.wrap(model)
+print(*changed(before))
+"""
+
+
+@pytest.mark.once
+def test_importing_changes_compile_only():
+    """All else is changed when the first model is wrapped."""
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [
+        "Layer.stateless_call",
+        "Layer.trainable_variables",
+        "Layer.trainable_weights",
+        "LossScaleOptimizer.build",
+        "Model.make_train_function",
+        "MultiOptimizer.apply",
+        "MultiOptimizer.build",
+        "Trainer.compile",
+    ]
 
 
 def test_compile_keeps_its_signature():

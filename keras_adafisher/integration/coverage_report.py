@@ -9,7 +9,7 @@ import keras
 
 from keras_adafisher.aliases import Shape
 from keras_adafisher.integration.custom_loops import adafishers
-from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.integration.wrapping import make_wrapper
 from keras_adafisher.wrappers import wrapper_of
 

@@ -2,8 +2,9 @@
 
 Whether a step measures can be decided in two places, `decision_scope()`:
 
-- "layer": each tap asks, in the forward and in the backward pass, and so does
-  the optimizer's update. The step is in the program once.
+- "layer": each tap has a condition of its own, in the forward and in the
+  backward pass, and so has the optimizer's update. The step is in the program
+  once.
 - "step": there is one condition around the whole step. It is in the program
   twice, with taps that measure in any case and without taps. It takes twice as
   long to compile. But on an accelerator, the host waits for the device at each
@@ -24,6 +25,7 @@ import keras
 
 from keras_adafisher import backend
 from keras_adafisher.optimizer import AdaFisher
+from keras_adafisher.steps import run
 from keras_adafisher.steps import Step
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -172,17 +174,17 @@ def run_step(function, optimizers, args=(), kwargs=None):
     Returns:
         What the function returns.
     """
-    optimizers = [one for one in optimizers if any(adafishers(one))]
+    optimizers = [o for o in optimizers if any(adafishers(o))]
     if not optimizers:
         return function(*args, **(kwargs or {}))
     # A `MultiOptimizer` builds those only that it has parameters for.
     inner = [
         adafisher
-        for one in optimizers
-        for adafisher in adafishers(one)
-        if adafisher.built or not one.built
+        for optimizer in optimizers
+        for adafisher in adafishers(optimizer)
+        if adafisher.built or not optimizer.built
     ]
-    return backend.run_step(
+    return run(
         functools.partial(Step, inner),
         inner,
         optimizers,
@@ -191,6 +193,23 @@ def run_step(function, optimizers, args=(), kwargs=None):
         kwargs or {},
         decision_scope() == "step",
     )
+
+
+def choice_of(optimizer):
+    """The function by which a `MultiOptimizer` has yet to choose optimizers.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`, a `MultiOptimizer` or a
+            `LossScaleOptimizer` around one perhaps.
+
+    Returns:
+        Callable from a variable to its optimizer, which may make a new one each
+        time; `None` for other optimizers, and where all are known.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    # Not public: what it asks for each variable's optimizer when it is built.
+    choose = getattr(optimizer, "_optimizer_map", None)
+    return choose if callable(choose) and not optimizer.optimizers else None
 
 
 def adafishers(*optimizers):

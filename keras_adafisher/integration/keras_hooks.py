@@ -1,9 +1,6 @@
-"""All that is changed on classes of Keras, and why.
+"""What is changed on Keras' classes once a model is wrapped, and why.
 
-- `compile` wraps the model if its optimizer is an AdaFisher, and unwraps it
-  if an earlier `compile` wrapped it and the optimizer is another one. Layers
-  that it shares with another model that an AdaFisher trains stay wrapped.
-- `Model.make_train_function` makes a training step (`steps.py`) of the model's
+- `Model.make_train_function` makes a training step (`steps`) of the model's
   `train_step` if it trains with an AdaFisher, builds the optimizer before the
   step is traced, and has it traced anew if somebody has changed a setting.
 - `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
@@ -15,7 +12,11 @@
 - `LossScaleOptimizer.build` and `MultiOptimizer.build` hand the probes on to
   the AdaFishers inside, and tell these by what the loss is scaled.
 
-Whoever has no AdaFisher notices none of it.
+Whoever trains without an AdaFisher notices none of it. Until a model is
+wrapped, `compile` is all that differs from Keras: see `compile_hook.py`.
+
+A wrapped model isn't given a subclass of its class in place of this: programs
+look at what `type(model)` is, and Keras saves and pickles a model by it.
 """
 
 import contextlib
@@ -25,31 +26,27 @@ import weakref
 import keras
 
 from keras_adafisher.integration.custom_loops import adafishers
+from keras_adafisher.integration.custom_loops import choice_of
 from keras_adafisher.integration.custom_loops import run_step
-from keras_adafisher.integration.wrapping import layers_in
-from keras_adafisher.integration.wrapping import unwrap_all_but
-from keras_adafisher.integration.wrapping import wrap
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.optimizer.arguments import RULES
 from keras_adafisher.probe import probe_of
-from keras_adafisher.probe import probes_of
 from keras_adafisher.probe import with_probes
 from keras_adafisher.steps import current
+from keras_adafisher.wrappers import wrapper_of
 
-# The models that `compile` has wrapped.
-_wrapped = weakref.WeakSet()
-# The settings of their AdaFishers with which steps were traced.
+_is_installed = False
+
+# The settings with which models' steps were traced.
 _traced_settings = weakref.WeakKeyDictionary()
 
 
 def install():
     """Change Keras' classes. Once is enough."""
-    # The class that defines `compile`, not `keras.Model`: for Keras, a model
-    # with a `compile` other than that one has an override of its user's, and
-    # `load_model` then doesn't compile it.
-    owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
-    if hasattr(owner.compile, "without_adafisher"):
+    global _is_installed
+    if _is_installed:
         return
-    owner.compile = _hooked_compile(owner.compile)
+    _is_installed = True
     keras.Model.make_train_function = _hooked_make_train_function(
         keras.Model.make_train_function
     )
@@ -69,68 +66,21 @@ def install():
     )
 
 
-def _hooked_compile(compile):
-    @functools.wraps(compile)
-    def compile_and_wrap(self, optimizer="rmsprop", *args, **kwargs):
-        optimizer = keras.optimizers.get(optimizer)
-        previous = getattr(self, "optimizer", None)
-        if previous is not optimizer:
-            for adafisher in adafishers(previous):
-                adafisher.leave(probes_of(self.trainable_variables))
-        if any(adafishers(optimizer)):
-            _check_mode()
-            wrap(self)
-            _wrapped.add(self)
-        elif self in _wrapped:
-            _wrapped.remove(self)
-            shared = [
-                layer
-                for model in _wrapped
-                for layer in layers_in("unwrap", model)
-            ]
-            unwrap_all_but(shared, self)
-        return compile(self, optimizer, *args, **kwargs)
-
-    compile_and_wrap.without_adafisher = compile
-    return compile_and_wrap
-
-
-def _check_mode():
-    if keras.config.is_nnx_enabled():
-        raise ValueError(
-            "AdaFisher doesn't train in Keras' NNX mode, where `train_step` "
-            "takes no state. Call `keras.config.set_nnx_enabled(False)`, or "
-            "unset `KERAS_NNX_ENABLED`, and build the model after it."
-        )
-
-
 def _hooked_make_train_function(make_train_function):
     @functools.wraps(make_train_function)
     def make_of_training_step(self, force=False):
+        _build_optimizer(self)
         optimizers = _optimizers_of(self)
         inner = list(adafishers(*optimizers))
-        if not inner:
+        if not inner and not any(map(choice_of, optimizers)):
             return make_train_function(self, force)
         for adafisher in inner:
             adafisher.check_that_layers_are_wrapped()
-        # TensorFlow's trainer builds the optimizer while it traces the step,
-        # and a `tf.function` that has made variables is traced once more. (A
-        # `train_step` of the user's may train other variables too.)
-        optimizer = getattr(self, "optimizer", None)
-        of_keras = getattr(self.train_step, "__func__", None)
-        if (
-            of_keras is keras.Model.train_step
-            and any(adafishers(optimizer))
-            and not optimizer.built
-        ):
-            layers = layers_in("make_train_function", self)
-            if all(layer.built for layer in layers):
-                optimizer.build(self.trainable_variables)
         if keras.backend.backend() == "torch":
             return make_train_function(self, force)
         # A step that is traced has the numbers of when it was.
         settings = [
-            {name: getattr(adafisher, name) for name in RULES}
+            {name: getattr(adafisher, name, None) for name in RULES}
             for adafisher in inner
         ]
         if _traced_settings.get(self, settings) != settings:
@@ -162,6 +112,31 @@ def _hooked_make_train_function(make_train_function):
                 vars(self)["train_step"] = replaced
 
     return make_of_training_step
+
+
+def _build_optimizer(model):
+    """Build a model's optimizer if it can be known that it is an AdaFisher.
+
+    TensorFlow's trainer builds it while it traces the step, and a `tf.function`
+    that has made variables is traced once more. A `MultiOptimizer` may choose
+    its optimizers only as it is built.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or optimizer.built:
+        return
+    choose = choice_of(optimizer)
+    if not choose and not any(adafishers(optimizer)):
+        return
+    # A `train_step` of the user's may train other variables too.
+    of_keras = getattr(model.train_step, "__func__", None)
+    if of_keras is not keras.Model.train_step:
+        return
+    layers = layers_in("make_train_function", model)
+    if not all(layer.built for layer in layers):
+        return
+    # Without wrappers, it chooses others, and Keras builds them.
+    if not choose or any(map(wrapper_of, layers)):
+        optimizer.build(model.trainable_variables)
 
 
 def _optimizers_of(model):
@@ -228,8 +203,7 @@ def _hooked_build(build):
     @functools.wraps(build)
     def build_with_probes(self, var_list):
         # A `MultiOptimizer` may choose its optimizers as it is built.
-        chooses = hasattr(self, "optimizers") and not self.optimizers
-        if chooses or any(adafishers(self)):
+        if choice_of(self) or any(adafishers(self)):
             var_list = with_probes(var_list)
         with _probes_beside_parameters(self):
             build(self, var_list)
@@ -243,7 +217,9 @@ def _hooked_build(build):
 def _hooked_apply(apply):
     @functools.wraps(apply)
     def apply_with_probes(self, grads, trainable_variables=None):
-        if trainable_variables is not None and self.built:
+        if trainable_variables is not None:
+            if not self.built:
+                self.build(trainable_variables)
             given = set(map(id, trainable_variables))
             missing = [
                 variable
@@ -263,7 +239,7 @@ def _probes_beside_parameters(optimizer):
 
     It chooses by a variable's path, and one may be for kernels only.
     """
-    # Not public: what a `MultiOptimizer` asks for each variable's optimizer.
+    # Not public, see `choice_of`. Here it may be an `OptimizerMap` too.
     choose = getattr(optimizer, "_optimizer_map", None)
     if choose is None:
         yield

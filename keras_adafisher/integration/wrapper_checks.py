@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from keras_adafisher.integration.coverage_report import Coverage
 from keras_adafisher.integration.coverage_report import coverage
-from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.integration.wrapping import wrap
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.wrappers import wrapper_of

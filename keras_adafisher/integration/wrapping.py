@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_adafisher.integration import keras_hooks
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.optimizer.arguments import check
 from keras_adafisher.optimizer.arguments import matches
 from keras_adafisher.wrappers import find_wrapper
@@ -66,6 +68,7 @@ def wrap(
     for layer, wrapper in zip(built, wrappers, strict=True):
         if wrapper is None and not layer.__dict__.get(_EXCLUDED):
             warn_of_override(layer)
+    keras_hooks.install()
     for layer, wrapper in zip(built, wrappers, strict=True):
         current = wrapper_of(layer)
         if current is not None and current.has_the_blocks_of(wrapper):
@@ -125,30 +128,6 @@ def without_wrappers(target):
     finally:
         for wrapper in wrappers:
             wrapper.attach()
-
-
-def layers_in(function, target, argument="target"):
-    """A layer and all layers inside it.
-
-    Args:
-        function: String, the public function that `target` was given to.
-        target: `keras.layers.Layer`.
-        argument: String, what `target` is called there.
-
-    Returns:
-        List of layers, each before its sub-layers.
-
-    Raises:
-        TypeError: `target` is no layer.
-    """
-    if not isinstance(target, keras.layers.Layer):
-        raise TypeError(
-            f"Argument `{argument}` of `{function}` must be a `keras.Model` or "
-            f"a `keras.layers.Layer`. Received: {argument}={target} "
-            f"(of type {type(target)})"
-        )
-    # There is no public way to a layer's sub-layers.
-    return target._flatten_layers()
 
 
 def make_wrapper(layer):

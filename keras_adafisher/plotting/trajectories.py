@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from keras_adafisher.aliases import Tensor
 from keras_adafisher.analysis.losses import as_it_was
 from keras_adafisher.analysis.losses import loss_evaluator
-from keras_adafisher.integration.wrapping import layers_in
+from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.plotting.common import check_count
 from keras_adafisher.plotting.common import check_named
 from keras_adafisher.plotting.common import check_numbers
