@@ -140,9 +140,10 @@ def test_the_first_step_by_hand_with_the_default_rule():
     expected[1, 1] = -0.5
     # `1 - 0.99` has five digits in single precision, as in Adam.
     np.testing.assert_allclose(layer.get_weights()[0], expected, rtol=1e-5)
+    # Nesterov's momentum is 0.19 times the gradient.
     np.testing.assert_allclose(
         to_numpy(optimizer.effective_learning_rate(layer.kernel)),
-        0.5 / fisher / rms,
+        -expected / (0.19 * gradient),
         rtol=1e-5,
     )
 
@@ -174,17 +175,37 @@ def test_no_entry_moves_by_more_than_the_learning_rate(step):
     assert 0.001 < moved.max() < 0.01 * (1 + 1e-4)
 
 
-def test_the_effective_learning_rate_before_the_first_update():
+@pytest.mark.parametrize("rms_decay", [0.99, None])
+@pytest.mark.parametrize("kind", ["number", "accumulates"])
+def test_the_effective_learning_rate_is_what_moved(rms_decay, kind):
+    """At each step, and for entries that the learning rate bounds too."""
+    accumulated = 2 if kind == "accumulates" else 1
     model = mlp()
-    model.compile(keras_adafisher.AdaFisher(0.5, rms_decay=None), loss="mse")
-    model.optimizer.build(model.trainable_variables)
-    rate = model.optimizer.effective_learning_rate(model.layers[0].kernel)
-    # All factors are 1.
-    np.testing.assert_allclose(to_numpy(rate), np.full((6, 5), 0.25))
-    model.compile(keras_adafisher.AdaFisher(0.5), loss="mse")
-    model.optimizer.build(model.trainable_variables)
-    rate = model.optimizer.effective_learning_rate(model.layers[0].kernel)
-    assert np.all(np.isfinite(to_numpy(rate)))
+    optimizer = keras_adafisher.AdaFisher(
+        1e-2,
+        rms_decay=rms_decay,
+        nesterov=False,
+        factor_update_steps=2,
+        gradient_accumulation_steps=accumulated if accumulated > 1 else None,
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    optimizer.build(model.trainable_variables)
+    kernel = model.layers[0].kernel
+    rate = to_numpy(optimizer.effective_learning_rate(kernel))
+    np.testing.assert_array_equal(rate, np.zeros((6, 5)))
+    bounded = 0
+    for _ in range(5):
+        before = to_numpy(kernel)
+        for _ in range(accumulated):
+            model.train_on_batch(*data())
+        moved = before - to_numpy(kernel)
+        momentum = to_numpy(
+            next(v for v in optimizer.variables if "momentum" in v.name)
+        )
+        rate = to_numpy(optimizer.effective_learning_rate(kernel))
+        np.testing.assert_allclose(rate * momentum, moved, atol=2e-7)
+        bounded += np.sum(np.isclose(np.abs(moved), 1e-2, rtol=1e-4))
+    assert (bounded > 0) == (rms_decay is not None)
 
 
 def test_the_scale_of_the_loss_makes_no_difference():

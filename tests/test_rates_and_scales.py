@@ -81,32 +81,6 @@ def test_state_of_one_normalization_loads_under_another():
     assert_same(*fishers)
 
 
-def test_the_effective_learning_rate_before_and_after_the_first_step():
-    """`lr / F`, and then divided by the RMS of `g / F`."""
-    model = mlp()
-    optimizer = keras_adafisher.AdaFisher(0.5)
-    model.compile(optimizer, loss=cross_entropy())
-    optimizer.build(model.trainable_variables)
-    kernel = model.layers[0].kernel
-    rate = to_numpy(optimizer.effective_learning_rate(kernel))
-    np.testing.assert_allclose(rate, np.full((6, 5), 0.25))
-    start = weights(model)
-    model.train_on_batch(*data())
-    rate = to_numpy(optimizer.effective_learning_rate(kernel))
-    fisher = to_numpy(optimizer.preconditioner(kernel))
-    moved = start[0] - to_numpy(kernel)
-    # The gradient, as one step of SGD has it.
-    model.set_weights(start)
-    model.compile(keras.optimizers.SGD(1.0), loss=cross_entropy())
-    model.train_on_batch(*data())
-    gradient = start[0] - to_numpy(kernel)
-    rms = np.sqrt(np.mean((gradient / fisher) ** 2))
-    np.testing.assert_allclose(rate, 0.5 / fisher / rms, rtol=1e-4)
-    # That is how far an entry moves, but by the learning rate at most.
-    expected = np.clip(rate * gradient, -0.5, 0.5)
-    np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-5)
-
-
 def test_training_in_bfloat16_throughout():
     before = keras.config.floatx()
     keras.config.set_floatx("bfloat16")

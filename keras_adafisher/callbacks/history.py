@@ -1,6 +1,5 @@
 """Callbacks that record what an optimizer divides its momentum by."""
 
-import collections
 from collections.abc import Iterable
 from typing import Any
 from typing import Literal
@@ -194,10 +193,9 @@ class FisherHistory(DistributionHistory):
 
     - `"fisher"`: the damped Fisher diagonal, `H * S + damping`, by which the
       momentum is divided.
-    - `"effective_learning_rate"`: what the momentum is multiplied by, the
-      learning rate divided by that and, with `rms_decay`, by the root mean
-      square of the steps. Kernels that `AdaFisherMuon` orthogonalizes have
-      none.
+    - `"effective_learning_rate"`: what the last update multiplied the momentum
+      by, see `AdaFisher.effective_learning_rate`. Kernels that `AdaFisherMuon`
+      orthogonalizes have none.
     - `"activation"` and `"gradient"`: the running factors `H` and `S`. For a
       bias, `H` is the factor of the input that is always 1. A weight that is
       used in two ways (a tied embedding) has `"activation_1"` and
@@ -250,16 +248,22 @@ class FisherHistory(DistributionHistory):
         self, optimizer: keras.optimizers.Optimizer
     ) -> Iterable[tuple[keras.Variable, str, np.ndarray]]:
         for adafisher in adafishers(optimizer):
-            for variable, factors in _factors(adafisher):
-                fisher = _numpy(adafisher.preconditioner(variable))
-                yield variable, "fisher", fisher
+            for variable in adafisher.factored_variables:
+                factors = adafisher.factors(variable)
+                fisher = factors.fisher_diagonal + adafisher.damping
+                yield variable, "fisher", _numpy(fisher)
                 if not adafisher.orthogonalizes(variable):
                     rate = _numpy(adafisher.effective_learning_rate(variable))
                     yield variable, "effective_learning_rate", rate
-                for index, pair in enumerate(factors):
+                pairs = zip(
+                    _as_tuple(factors.activation),
+                    _as_tuple(factors.gradient),
+                    strict=True,
+                )
+                for index, (h, s) in enumerate(pairs):
                     suffix = f"_{index}" if index else ""
-                    yield variable, f"activation{suffix}", _numpy(pair[0])
-                    yield variable, f"gradient{suffix}", _numpy(pair[1])
+                    yield variable, f"activation{suffix}", _numpy(h)
+                    yield variable, f"gradient{suffix}", _numpy(s)
 
 
 class SecondMomentHistory(DistributionHistory):
@@ -267,8 +271,9 @@ class SecondMomentHistory(DistributionHistory):
 
     To be seen next to a `FisherHistory`. The quantities are
     `"second_moment"`, the running average of squared gradients with its bias
-    corrected, and `"effective_learning_rate"`, the learning rate divided by
-    its square root.
+    corrected, and `"effective_learning_rate"`, what the last update multiplied
+    the momentum by: the learning rate, corrected for that the momentum started
+    at zero, divided by the square root of the second moment.
 
     Args:
         every, csv_path, log_dir: See `FisherHistory`.
@@ -301,32 +306,24 @@ class SecondMomentHistory(DistributionHistory):
         adam = self.start(optimizer)
         step = int(ops.convert_to_numpy(adam.iterations))
         rate = float(ops.convert_to_numpy(adam.learning_rate))
-        correction = 1 - adam.beta_2 ** max(step, 1)
+        # Before the first update nothing has moved.
+        rate *= min(step, 1)
+        step = max(step, 1)
+        correction = 1 - adam.beta_2**step
+        rate *= correction**0.5 / (1 - adam.beta_1**step)
         pairs = zip(adam._trainable_variables, adam._velocities, strict=True)
         for variable, velocity in pairs:
             if velocity is None:
                 continue
             moment = _numpy(velocity) / correction
             yield variable, "second_moment", moment
-            root = np.sqrt(moment) + adam.epsilon
+            root = np.sqrt(_numpy(velocity)) + adam.epsilon
             yield variable, "effective_learning_rate", rate / root
 
 
-def _factors(optimizer):
-    """The variables that an AdaFisher has factors for.
-
-    Returns:
-        List of pairs: a variable, and the pairs of its running factors.
-    """
-    pairs = collections.defaultdict(list)
-    for curvature in optimizer._curvatures:
-        weight, bias = curvature.block.weight, curvature.block.bias
-        pairs[id(weight)].append((curvature.activation, curvature.gradient))
-        pairs[id(bias)].append((curvature.one, curvature.bias_gradient))
-    variables = zip(
-        optimizer._trainable_variables, optimizer._fishers, strict=True
-    )
-    return [(v, pairs[id(v)]) for v, fisher in variables if fisher]
+def _as_tuple(factors):
+    """The factors of each way that a weight is used in."""
+    return factors if isinstance(factors, tuple) else (factors,)
 
 
 def _numpy(tensor):

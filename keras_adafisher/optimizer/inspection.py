@@ -7,7 +7,11 @@ import keras
 from keras import ops
 
 from keras_adafisher.aliases import Tensor
+from keras_adafisher.optimizer import update_rule
 from keras_adafisher.wrappers.block import Block
+
+# Of float32.
+_SMALLEST_NORMAL = 1.1754944e-38
 
 
 class KroneckerFactors(typing.NamedTuple):
@@ -32,6 +36,22 @@ class KroneckerFactors(typing.NamedTuple):
 class Inspection:
     """The part of `AdaFisher` that shows what it has."""
 
+    @property
+    def factored_variables(self) -> list[keras.Variable]:
+        """The variables that the optimizer has Kronecker factors for.
+
+        In the order in which it was built with them; none before that.
+        """
+        if not self.built:
+            return []
+        return [
+            variable
+            for variable, fisher in zip(
+                self._trainable_variables, self._fishers, strict=True
+            )
+            if fisher
+        ]
+
     def factors(self, variable: keras.Variable) -> KroneckerFactors:
         """The running Kronecker factors of a parameter.
 
@@ -51,9 +71,9 @@ class Inspection:
         """
         index = self._factored_index(variable)
         found = [
-            pair
-            for curvature in self._curvatures
-            for parameter, pair in curvature.pairs()
+            factors.pair_of(parameter)
+            for factors in self._store.block_factors
+            for parameter in factors.block.parameters
             if self._index_of(parameter) == index
         ]
         activations, gradients = zip(*found, strict=True)
@@ -113,40 +133,58 @@ class Inspection:
         return index
 
     def effective_learning_rate(self, variable: keras.Variable) -> Tensor:
-        """What each entry of a parameter's momentum is multiplied by.
+        """What the last update multiplied each entry of the momentum by.
 
-        The momentum is meant without the bias of its start at zero. What comes
-        out for an entry is how far it moves, with `rms_decay` by at most the
-        learning rate.
+        So what an entry moved by, without weight decay, is this times its
+        momentum. With Nesterov's momentum, of which the optimizer doesn't keep
+        what an update used, the bound of `rms_decay` is taken to be that of the
+        momentum that it keeps. The learning rate is the present one: with a
+        schedule, that of the update that comes next.
 
         Args:
             variable: A variable that the optimizer was built with.
 
         Returns:
-            Float32 tensor of the variable's shape: the learning rate divided
-            by `preconditioner(variable)` and, with `rms_decay`, by the root
-            mean square of the preconditioned gradients. Before the first
-            update there is none, and the learning rate is divided by
-            `preconditioner(variable)` only.
+            Float32 tensor of the variable's shape: the learning rate, corrected
+            for that the momentum started at zero, divided by
+            `preconditioner(variable)` and, with `rms_decay`, by the root mean
+            square of the preconditioned gradients, but so that no entry moved
+            by more than the learning rate. Before the first update, zeros.
 
         Raises:
             ValueError: As `factors`, or the parameter's steps are
                 orthogonalized (`AdaFisherMuon`).
         """
-        denominator = self.preconditioner(variable)
-        index = self._index_of(variable)
+        index = self._factored_index(variable)
         if self.orthogonalizes(variable):
             raise ValueError(
                 "Argument `variable` must be a variable whose momentum is "
                 "divided entry by entry. The steps of this one are "
                 f"orthogonalized. Received: variable={variable.path}"
             )
+        updates = ops.convert_to_tensor(self.iterations)
+        lr = ops.cast(self.learning_rate, "float32")
+        step = update_rule.past_the_largest(ops.cast(updates, "float32"))
+        correction = update_rule.momentum_correction(
+            self.beta, step, self.nesterov
+        )
+        rate = lr * correction
         if self._mean_squares is not None:
-            last = ops.maximum(self.iterations - 1, 0)
-            roots = self._mean_squares.roots(last, self.adam_epsilon)
-            root = self._mean_squares.of(roots, index)
-            denominator = denominator * ops.where(self.iterations > 0, root, 1)
-        return ops.cast(self.learning_rate, "float32") / denominator
+            roots = self._mean_squares.roots(updates - 1, self.adam_epsilon)
+            rate = rate / self._mean_squares.of(roots, index)
+        found = rate / self.preconditioner(variable)
+        if self._mean_squares is not None:
+            momentum = ops.cast(self._momentums[index], "float32")
+            # As large as the momentum that the update used.
+            momentum = momentum * (
+                update_rule.momentum_correction(self.beta, step, False)
+                / correction
+            )
+            # An entry without momentum hasn't moved, by whatever it was
+            # multiplied.
+            bound = lr / ops.maximum(ops.abs(momentum), _SMALLEST_NORMAL)
+            found = ops.minimum(found, bound)
+        return ops.where(updates == 0, ops.zeros_like(found), found)
 
     def orthogonalizes(self, variable: keras.Variable) -> bool:
         """Whether the steps of a parameter are orthogonalized.
