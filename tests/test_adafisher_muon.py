@@ -122,9 +122,48 @@ def test_what_is_not_orthogonalized_is_as_adafisher_has_it():
         train(model, range(3))
         return weights(model)
 
-    settings = {"learning_rate": 0.01, "weight_decay": 0.1}
-    ours = run(AdaFisherMuon(exclude_layers=["."], **settings))
-    assert_same(ours, run(keras_adafisher.AdaFisherW(**settings)))
+    ours = AdaFisherMuon(0.01, adam_weight_decay=0.3, exclude_layers=["."])
+    plain = keras_adafisher.AdaFisherW(0.01, weight_decay=0.3)
+    assert_same(run(ours), run(plain))
+
+
+def test_kernels_and_all_else_decay_by_different_amounts():
+    """Gradients of zero make steps of zero."""
+    model = mlp()
+    optimizer = AdaFisherMuon(0.5, weight_decay=0.2, adam_weight_decay=0.1)
+    model.compile(optimizer, loss=cross_entropy())
+    first, second = model.layers
+    for layer in (first, second):
+        layer.bias.assign(np.ones(layer.bias.shape))
+    optimizer.exclude_from_weight_decay(var_list=[second.kernel])
+    optimizer.build(model.trainable_variables)
+    before = weights(model)
+    variables = [*first.weights, *second.weights]
+    optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
+    for new, old, rest in zip(
+        weights(model), before, (0.9, 0.95, 1, 0.95), strict=True
+    ):
+        np.testing.assert_allclose(new, rest * old, rtol=1e-6)
+    for decay in ("weight_decay", "adam_weight_decay"):
+        setattr(optimizer, decay, None)
+    before = weights(model)
+    optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("name", ["no bias", "no kernel", "excluded"])
+def test_weight_decay_where_nothing_of_one_kind_decays(name):
+    layers = {
+        "no bias": [keras.layers.Dense(3, use_bias=False)],
+        "no kernel": [keras.layers.BatchNormalization()],
+        "excluded": [keras.layers.Dense(3)],
+    }
+    model = keras.Sequential([keras.Input((3,)), *layers[name]])
+    optimizer = AdaFisherMuon()
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer, loss="mse")
+    model.fit(*2 * [np.ones((4, 3), "float32")], verbose=0)
+    assert np.all(np.isfinite(weights(model)[0]))
 
 
 def test_layers_are_left_out_by_regular_expressions():
@@ -192,6 +231,7 @@ def test_the_config():
     "arguments, message",
     [
         ({"factor_damping": 0}, "`factor_damping` must be a float > 0"),
+        ({"adam_weight_decay": -1}, "`adam_weight_decay` must be "),
         ({"ns_steps": 0}, "`ns_steps` must be an integer from 1 to 6"),
         ({"ns_steps": 2.5}, "`ns_steps` must be an integer from 1 to 6"),
         ({"ns_steps": 7}, "`ns_steps` must be an integer from 1 to 6"),
@@ -304,7 +344,7 @@ def test_resuming_is_as_if_there_had_been_no_interruption(
     assert_same(state(resumed), state(model))
 
 
-def test_kernels_of_equal_sizes_share_their_products():
+def test_kernels_of_equal_sides_share_their_products():
     """The roots of all of them are in one variable."""
     model = keras.Sequential(
         [
@@ -321,7 +361,7 @@ def test_kernels_of_equal_sizes_share_their_products():
         for v in model.optimizer.variables
         if "root" in v.name
     }
-    assert roots == {"root_6x4": (2, 4, 4), "root_4x6": (1, 4, 4)}
+    assert roots == {"root_4": (3, 4, 4)}
 
 
 @pytest.mark.parametrize("inputs, outputs", [(8, 5), (5, 8), (6, 9)])

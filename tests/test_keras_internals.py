@@ -90,6 +90,33 @@ def test_optimizer_iterations():
     assert int(optimizer.iterations) == 1
 
 
+def test_optimizer_apply_weight_decay():
+    """`apply` calls it once, with all variables, and it reads the attribute."""
+    calls = []
+
+    class Optimizer(keras.optimizers.SGD):
+        def _apply_weight_decay(self, variables):
+            calls.append(list(variables))
+            vars(self)["weight_decay"] = 0.5
+            super()._apply_weight_decay(variables)
+
+    optimizer = Optimizer(0.1, weight_decay=0.1)
+    variable = keras.Variable(np.ones(2, "float32"))
+    optimizer.build([variable])
+    optimizer.apply([ops.zeros(2)], [variable])
+    assert calls == [[variable]]
+    np.testing.assert_allclose(ops.convert_to_numpy(variable), [0.95, 0.95])
+
+
+def test_optimizer_use_weight_decay():
+    optimizer = keras.optimizers.SGD(weight_decay=0.1)
+    first, second = keras.Variable([1.0]), keras.Variable([1.0])
+    optimizer.exclude_from_weight_decay(var_list=[second])
+    optimizer.build([first, second])
+    assert optimizer._use_weight_decay(first)
+    assert not optimizer._use_weight_decay(second)
+
+
 def test_optimizer_model_variables_moving_average(optimizer):
     averages = optimizer._model_variables_moving_average
     assert [a.shape for a in averages] == [

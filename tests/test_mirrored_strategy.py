@@ -77,6 +77,29 @@ def test_orthogonalized_steps():
     assert_close(two, one, 1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.2, None])
+def test_kernels_and_all_else_decay_by_different_amounts(decay):
+    """Also in a second `fit`, which traces anew if a setting has changed."""
+    x, y = data()
+
+    def run(strategy):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = mlp()
+            optimizer = keras_adafisher.AdaFisherMuon(
+                weight_decay=decay, adam_weight_decay=0.5
+            )
+            model.compile(optimizer, loss=cross_entropy())
+        config = optimizer.get_config()
+        for _ in range(2):
+            model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+        assert optimizer.get_config() == config
+        return weights(model)
+
+    # Rounding errors of the orthogonalization add up.
+    assert_close(run(mirrored()), run(tf.distribute.get_strategy()), 1e-4)
+
+
 def test_convolutions_and_normalization_layers():
     """Without batch statistics, which differ between replicas in Keras."""
 

@@ -6,9 +6,15 @@ import reference
 from keras import ops
 from models import to_numpy
 
+from keras_adafisher import backend
+from keras_adafisher.optimizer.orthogonalization import fresh_steps
 from keras_adafisher.optimizer.orthogonalization import inverse_root
+from keras_adafisher.optimizer.orthogonalization import new_roots
+from keras_adafisher.optimizer.orthogonalization import steps_along
 from keras_adafisher.optimizer.orthogonalization import Whitened
 from keras_adafisher.optimizer.orthogonalization import whitening
+from keras_adafisher.optimizer.orthogonalization import whitenings
+from keras_adafisher.optimizer.orthogonalization import without_units
 
 
 def matrices(shape, values=None, seed=0):
@@ -28,14 +34,22 @@ def whitened(x, rows=1.0, columns=1.0):
     """One matrix, with scales of its rows and columns."""
     m, n = np.shape(x)
     return Whitened(
-        tensor(x)[None],
+        without_units(tensor(x)[None]),
         tensor(np.broadcast_to(rows, m))[None, :, None],
         tensor(np.broadcast_to(columns, n))[None, None],
     )
 
 
+def step_of(*args, steps=5):
+    return to_numpy(fresh_steps([whitened(*args)], steps)[0])[0]
+
+
 def orthogonalized(x, steps=5):
-    return to_numpy(whitened(x).step(steps))[0]
+    return step_of(x, steps=steps)
+
+
+def step_along(x, root):
+    return to_numpy(steps_along([x], root)[0])[0]
 
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (3, 3), (5, 9), (9, 5), (16, 16), (60, 20)]
@@ -72,17 +86,32 @@ def test_whitening_before_and_after(shape):
     x = matrices(shape)
     scales = np.outer(rows, columns)
     np.testing.assert_allclose(
-        to_numpy(whitened(x, rows, columns).step(5))[0],
+        step_of(x, rows, columns),
         scales * reference.newton_schulz(scales * x),
         atol=5e-5,
     )
+
+
+@pytest.mark.parametrize("shape", [(4, 20), (20, 4), (7, 7)])
+def test_half_precision_on_an_accelerator(shape, monkeypatch):
+    """Of eight bits: singular values are about one all the same."""
+    x = matrices(shape, values=np.linspace(0.5, 1, min(shape)))
+    expected = orthogonalized(x)
+    monkeypatch.setattr(backend, "has_accelerator", lambda: True)
+    found = orthogonalized(x)
+    np.testing.assert_allclose(found, expected, atol=0.15)
+    assert not np.allclose(found, expected, atol=1e-4)
+    values = np.linalg.svd(found, compute_uv=False)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_many_matrices_at_once():
     x = matrices((4, 6, 9))
     ones = tensor(np.ones((4, 6, 1))), tensor(np.ones((4, 1, 9)))
     each = np.stack([orthogonalized(matrix) for matrix in x])
-    found = to_numpy(Whitened(tensor(x), *ones).step(5))
+    found = to_numpy(
+        fresh_steps([Whitened(without_units(tensor(x)), *ones)], 5)[0]
+    )
     np.testing.assert_allclose(found, each, atol=2e-6)
 
 
@@ -108,9 +137,7 @@ def test_zeros_make_no_step():
     zeros = np.zeros((3, 5))
     np.testing.assert_array_equal(orthogonalized(zeros), zeros)
     root = tensor(np.eye(3))[None]
-    np.testing.assert_array_equal(
-        to_numpy(whitened(zeros).step_along(root))[0], zeros
-    )
+    np.testing.assert_array_equal(step_along(whitened(zeros), root), zeros)
 
 
 def test_one_large_entry_hides_no_others():
@@ -126,7 +153,7 @@ def test_a_new_root_is_damped(shape):
     """By a hundredth of the mean eigenvalue of the Gram matrix."""
     x = matrices(shape)
     old = tensor(np.zeros((1, 3, 3)))
-    found = to_numpy(whitened(x).new_root(5, old))[0]
+    found = to_numpy(new_roots([whitened(x)], 5, old))[0]
     expected = reference.kept_root(x if shape == (3, 5) else x.T, 5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -136,7 +163,9 @@ def test_an_old_root_stays_where_there_is_no_new_one(value):
     x = np.stack([np.full((2, 3), value), matrices((2, 3))])
     ones = tensor(np.ones((2, 2, 1))), tensor(np.ones((2, 1, 3)))
     old = np.stack([np.eye(2)] * 2)
-    found = to_numpy(Whitened(tensor(x), *ones).new_root(5, tensor(old)))
+    found = to_numpy(
+        new_roots([Whitened(without_units(tensor(x)), *ones)], 5, tensor(old))
+    )
     np.testing.assert_array_equal(found[0], np.eye(2))
     assert not np.allclose(found[1], np.eye(2))
 
@@ -147,7 +176,7 @@ def test_a_step_along_a_root(shape):
     norm = np.linalg.norm(x)
 
     def step(root):
-        return to_numpy(whitened(x).step_along(tensor(root)[None]))[0]
+        return step_along(whitened(x), tensor(root)[None])
 
     np.testing.assert_allclose(step(1.5 * side), 1.5 * x / norm, rtol=1e-5)
     # No longer than a semi-orthogonal matrix, whose singular values are 1.
@@ -160,8 +189,8 @@ def test_a_root_of_these_matrices_is_as_good_as_a_fresh_one(shape):
     x = matrices(shape, values=np.linspace(0.5, 1, 4))
     rows, columns = np.linspace(0.9, 1.1, shape[0]), 1.0
     here = whitened(x, rows, columns)
-    root = here.new_root(5, tensor(np.zeros((1, 4, 4))))
-    kept, fresh = to_numpy(here.step_along(root)), to_numpy(here.step(5))
+    root = new_roots([here], 5, tensor(np.zeros((1, 4, 4))))
+    kept, fresh = step_along(here, root), step_of(x, rows, columns)
     assert np.linalg.norm(kept - fresh) < 0.15 * np.linalg.norm(fresh)
 
 
@@ -171,6 +200,29 @@ def test_whitening():
     # (0, 1, 2) + 1, over its mean of 2.
     expected = [np.array([0.5, 1, 1.5]) ** -0.5, [1, 1, 1]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_whitening_factors_of_several_lengths():
+    factors = [
+        matrices(shape, seed=seed) ** 2
+        for seed, shape in enumerate([(1, 4), (2, 3), (3, 4)])
+    ]
+    found = whitenings(list(map(tensor, factors)), 0.5)
+    for factor, one in zip(factors, found, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(one), to_numpy(whitening(tensor(factor), 0.5)), rtol=1e-5
+        )
+
+
+def test_stacks_of_several_lengths_share_their_roots():
+    """Long ones, next to one that is square and takes none."""
+    shapes = [(5, 16), (16, 5), (5, 5)]
+    x = [matrices(shape, seed=shape[0]) for shape in shapes]
+    found = fresh_steps(list(map(whitened, x)), 5)
+    for one, step in zip(x, found, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(step)[0], reference.newton_schulz(one), atol=3e-5
+        )
 
 
 def test_an_inverse_root():

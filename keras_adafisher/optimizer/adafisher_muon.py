@@ -53,7 +53,7 @@ class AdaFisherMuon(AdaFisher):
 
     Orthogonalizing takes about `4 m² n + 30 m³` operations for an `m` by `n`
     kernel, `m` the smaller side, at each step. Next to the layer's own work,
-    `6 m n` for each row of its inputs, that is little in a transformer and much
+    `6 m n` for each example, that is little in a transformer and much
     in a wide dense network with small batches. There `keep_roots` makes do with
     an inverse root of the Gram matrix that is made anew at one step in
     `factor_update_steps`, and costs one product of matrices at the others.
@@ -73,7 +73,10 @@ class AdaFisherMuon(AdaFisher):
             with fresh roots, it is about the spectral norm of a square kernel's
             step. Defaults to `0.04`.
         weight_decay: Float. If set, weight decay is applied, decoupled from
-            the gradient. Defaults to `0.1`.
+            the gradient, to kernels whose steps are orthogonalized. Defaults to
+            `0.2`.
+        adam_weight_decay: Float. The same for all other parameters, as in
+            `keras.optimizers.Muon`. Defaults to `0.1`.
         beta: A float in [0, 1). The exponential decay rate of the momentum.
             Defaults to `0.9`.
         factor_damping: A positive float, added to each factor before its
@@ -106,7 +109,8 @@ class AdaFisherMuon(AdaFisher):
     def __init__(
         self,
         learning_rate: LearningRate = 0.04,
-        weight_decay: float | None = 0.1,
+        weight_decay: float | None = 0.2,
+        adam_weight_decay: float | None = 0.1,
         beta: float = 0.9,
         factor_damping: float = 1.0,
         ns_steps: int = 5,
@@ -134,6 +138,7 @@ class AdaFisherMuon(AdaFisher):
         **kwargs: Any,
     ) -> None:
         for what, value in {
+            "adam_weight_decay": adam_weight_decay,
             "factor_damping": factor_damping,
             "ns_steps": ns_steps,
             "keep_roots": keep_roots,
@@ -165,6 +170,7 @@ class AdaFisherMuon(AdaFisher):
             name=name,
             **kwargs,
         )
+        self.adam_weight_decay = adam_weight_decay
         self.factor_damping = factor_damping
         self.ns_steps = ns_steps
         self.keep_roots = keep_roots
@@ -181,6 +187,7 @@ class AdaFisherMuon(AdaFisher):
         config = super().get_config()
         config.update(
             {
+                "adam_weight_decay": self.adam_weight_decay,
                 "factor_damping": self.factor_damping,
                 "ns_steps": self.ns_steps,
                 "keep_roots": self.keep_roots,
@@ -206,34 +213,63 @@ class AdaFisherMuon(AdaFisher):
             keeps_root = not costs_little(view, positions)
         return KEPT if keeps_root else "orthogonalized"
 
+    # Not public, but Keras' own Muon overrides it, and there is no other way to
+    # let parameters decay by different amounts.
+    def _apply_weight_decay(self, variables):
+        kernels = self._orthogonal.kernels if self._orthogonal else {}
+        decaying = {True: [], False: []}
+        for variable in variables:
+            # Not public either. On PyTorch, Keras fails if it leaves none.
+            if self._use_weight_decay(variable):
+                is_kernel = self._get_variable_index(variable) in kernels
+                decaying[is_kernel].append(variable)
+        for is_kernel, decay in (
+            (True, self.weight_decay),
+            (False, self.adam_weight_decay),
+        ):
+            if decay is None or not decaying[is_kernel]:
+                continue
+            # Keras reads the attribute, on TensorFlow after other replicas'
+            # threads have run. So it isn't assigned for the time of the call:
+            # a second object of the class, with the same attributes but one,
+            # does it.
+            view = object.__new__(type(self))
+            view.__dict__.update(vars(self))
+            view.__dict__["weight_decay"] = decay
+            super(AdaFisherMuon, view)._apply_weight_decay(decaying[is_kernel])
+
     def _make_orthogonal_steps(self, variables, add_variable):
         kernels = {}
         for index, variable in enumerate(variables):
-            kernel = self._kernel(variable, self._curvatures_of[index])
+            kernel = self._kernel(
+                variable, self._fishers[index].factors_of_weight
+            )
             if kernel is not None:
                 kernels[index] = kernel
         if not kernels:
             return None
-        layout = backend.whole_layout(next(iter(kernels.values())).variable)
+        layout = backend.replicated_layout(
+            next(iter(kernels.values())).variable
+        )
         return OrthogonalSteps(
             kernels, self, functools.partial(add_variable, layout=layout)
         )
 
-    def _kernel(self, variable, curvatures):
+    def _kernel(self, variable, found):
         """The `Kernel` of a parameter, `None` if its steps stay as they are."""
         # A weight that is used in several ways has factors for each.
-        if len(curvatures) != 1:
+        if len(found) != 1:
             return None
-        (curvature,) = curvatures
+        (factors,) = found
         direction = self.direction_of(
-            variable, [curvature.block], curvature.probe.host
+            variable, [factors.block], factors.probe.host
         )
         if direction == "diagonal":
             return None
         return Kernel(
             variable,
-            curvature,
-            curvature.block.matrix_view(),
+            factors,
+            factors.block.matrix_view(),
             keeps_root=direction == KEPT,
         )
 

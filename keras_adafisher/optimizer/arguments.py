@@ -123,6 +123,7 @@ RULES = {
     "rms_decay": _decay_rate(kind=float, is_optional=True),
     "adam_beta_2": _decay_rate(kind=float),
     "adam_epsilon": _not_negative(kind=float),
+    "adam_weight_decay": _not_negative(is_optional=True),
     "factor_damping": _positive(kind=float),
     # With each, rounding errors of a Gram matrix grow twelvefold.
     "ns_steps": Rule(
@@ -210,12 +211,21 @@ def matches(patterns, path):
 class Hyperparameter:
     """An attribute of an optimizer whose values are checked.
 
-    It has no `__get__`, so that reading the attribute finds the value in the
-    instance, as it does for any other attribute.
+    An optimizer has those only that its constructor has set.
     """
 
     def __init__(self, name):
         self.name = name
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        try:
+            return vars(instance)[self.name]
+        except KeyError:
+            raise AttributeError(
+                f"'{owner.__name__}' object has no attribute '{self.name}'"
+            ) from None
 
     def __set__(self, instance, value):
         value = RULES[self.name].checked(self.name, value)

@@ -7,6 +7,7 @@ are orthogonalized; and the inverse roots that are kept.
 
 import collections
 import dataclasses
+import itertools
 import math
 
 import keras
@@ -15,8 +16,13 @@ from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.optimizer.arguments import is_integer
+from keras_adafisher.optimizer.orthogonalization import concatenated
+from keras_adafisher.optimizer.orthogonalization import fresh_steps
+from keras_adafisher.optimizer.orthogonalization import new_roots
+from keras_adafisher.optimizer.orthogonalization import steps_along
 from keras_adafisher.optimizer.orthogonalization import Whitened
-from keras_adafisher.optimizer.orthogonalization import whitening
+from keras_adafisher.optimizer.orthogonalization import whitenings
+from keras_adafisher.optimizer.orthogonalization import without_units
 
 # How many rows share a kept root at most: its cost is the cube of that.
 LARGEST_BLOCK = 128
@@ -42,33 +48,63 @@ class Kernel:
 
     Attributes:
         variable: The weight.
-        curvature: The `BlockFactors` of its block.
+        block_factors: The `BlockFactors` of its block.
         view: Its `MatrixView`.
         keeps_root: Bool, whether the root is kept for some steps.
     """
 
     variable: object
-    curvature: object
+    block_factors: object
     view: object
     keeps_root: bool
 
     @property
     def sizes(self):
-        """The number of matrices, and of their rows and columns.
-
-        Those of a kept root are cut into blocks along the smaller side.
-        """
-        maps, inputs, outputs = self.view.size
-        block = -(-min(inputs, outputs) // self.blocks)
-        if inputs > outputs:
-            return maps * self.blocks, inputs, block
-        return maps * self.blocks, block, outputs
+        """The numbers of inputs and of outputs of its matrices."""
+        return self.view.size[1:]
 
     @property
     def blocks(self):
         """How many blocks each matrix is cut into."""
-        side = min(self.view.size[1:])
-        return -(-side // LARGEST_BLOCK) if self.keeps_root else 1
+        return -(-min(self.sizes) // LARGEST_BLOCK) if self.keeps_root else 1
+
+    @property
+    def side(self):
+        """The smaller side of a matrix, or of a block of it."""
+        return -(-min(self.sizes) // self.blocks)
+
+    def factors(self):
+        """The factors of its matrices' rows, and those of their columns.
+
+        Returns:
+            Two tensors of shape `(maps, entries)`.
+        """
+        return self.view.split_factors(
+            self.block_factors.activation, self.block_factors.gradient
+        )
+
+    def joined(self, steps):
+        """Put the steps of its matrices together to one of its shape."""
+        steps = self.view.join(steps, self.variable.shape)
+        return backend.constrain_layout(steps, self.variable)
+
+
+class Batch:
+    """Kernels whose matrices are of the same size, all in one stack.
+
+    Args:
+        kernels: Dict from a parameter's number to its `Kernel`.
+    """
+
+    def __init__(self, kernels):
+        self._kernels = kernels
+        first = next(iter(kernels.values()))
+        self._blocks, self._side = first.blocks, first.side
+        self._inputs, self._outputs = first.sizes
+        self._maps = sum(kernel.view.size[0] for kernel in kernels.values())
+        self._is_tall = self._inputs > self._outputs
+        # How many matrices there are, blocks counted one by one.
+        self.count = self._maps * self._blocks
 
     @property
     def scale(self):
@@ -78,38 +114,52 @@ class Kernel:
         whatever the numbers of both are: the spectral scale of Bernstein and
         Newhouse (2024, arXiv 2409.20325).
         """
-        _, inputs, outputs = self.view.size
-        return max(1.0, outputs / inputs) ** 0.5
+        return max(1.0, self._outputs / self._inputs) ** 0.5
 
-    def whitened(self, momentum, damping):
-        """Get the parts of `Whitened`.
+    def has_any_of(self, indices):
+        """Whether one of some parameters' numbers is one of its kernels."""
+        return any(index in indices for index in self._kernels)
+
+    def whitened(self, momentums, scales):
+        """Get the `Whitened` matrices.
 
         Args:
-            momentum: Tensor of the weight's shape.
-            damping: Float, `factor_damping`.
-
-        Returns:
-            Three float32 tensors, of matrices and of the scales of their rows
-            and columns.
+            momentums: See `OrthogonalSteps.directions`.
+            scales: Dict from a parameter's number to the scales of rows and
+                columns, two tensors of shape `(maps, entries)`.
         """
-        factors = self.view.split_factors(
-            self.curvature.activation, self.curvature.gradient
-        )
-        rows, columns = (whitening(factor, damping) for factor in factors)
-        rows = ops.expand_dims(rows, 2)
-        columns = ops.expand_dims(columns, 1)
-        matrices = ops.cast(self.view.split(momentum), rows.dtype)
-        return [
-            self._cut(matrices, fill=0),
+        matrices = []
+        for index, kernel in self._kernels.items():
+            if index in momentums:
+                momentum = momentums[index]()
+            else:
+                # The gradient is missing in this step.
+                momentum = ops.zeros(kernel.variable.shape)
+            matrices.append(kernel.view.split(momentum))
+        rows, columns = zip(*(scales[i] for i in self._kernels), strict=True)
+        rows = ops.expand_dims(concatenated(rows), 2)
+        columns = ops.expand_dims(concatenated(columns), 1)
+        matrices = ops.cast(concatenated(matrices), rows.dtype)
+        return Whitened(
+            self._cut(without_units(matrices), fill=0),
             self._cut(rows, fill=1),
             self._cut(columns, fill=1),
-        ]
+        )
 
-    def joined(self, steps):
-        """Put steps for the matrices together to one of the weight's shape."""
+    def directions(self, steps):
+        """Get the direction of each kernel, by its parameter's number.
+
+        Args:
+            steps: Tensor, the steps of all matrices.
+        """
         steps = self._uncut(steps) * self.scale
-        steps = self.view.join(steps, self.variable.shape)
-        return backend.keep_layout(steps, self.variable)
+        found = {}
+        start = 0
+        for index, kernel in self._kernels.items():
+            end = start + kernel.view.size[0]
+            found[index] = kernel.joined(steps[start:end])
+            start = end
+        return found
 
     def _cut(self, x, fill):
         """Cut `(maps, m, n)` into blocks along the smaller side.
@@ -117,40 +167,39 @@ class Kernel:
         What broadcasts along that side is the same for all blocks. Where the
         side can't be cut evenly, the last block is filled up.
         """
-        if self.blocks == 1:
+        if self._blocks == 1:
             return x
-        maps, *_ = x.shape
-        count, *sizes = self.sizes
-        _, inputs, outputs = self.view.size
-        axis = 2 if inputs > outputs else 1
+        axis = 2 if self._is_tall else 1
         if x.shape[axis] == 1:
-            return ops.repeat(x, self.blocks, axis=0)
-        missing = self.blocks * sizes[axis - 1] - x.shape[axis]
+            return ops.repeat(x, self._blocks, axis=0)
+        missing = self._blocks * self._side - x.shape[axis]
         if missing:
             padding = [(0, 0)] * 3
             padding[axis] = (0, missing)
             x = ops.pad(x, padding, constant_values=fill)
-        if axis == 2:
-            x = backend.reshape(x, (maps, x.shape[1], self.blocks, sizes[1]))
+        if self._is_tall:
+            x = backend.reshape(
+                x, (self._maps, x.shape[1], self._blocks, self._side)
+            )
             x = ops.transpose(x, (0, 2, 1, 3))
-        return backend.reshape(x, (count, -1, x.shape[-1]))
+        return backend.reshape(x, (self.count, -1, x.shape[-1]))
 
     def _uncut(self, x):
-        if self.blocks == 1:
+        if self._blocks == 1:
             return x
-        maps, inputs, outputs = self.view.size
-        if inputs > outputs:
-            x = backend.reshape(x, (maps, self.blocks, inputs, x.shape[-1]))
+        if self._is_tall:
+            x = backend.reshape(
+                x, (self._maps, self._blocks, self._inputs, self._side)
+            )
             x = ops.transpose(x, (0, 2, 1, 3))
-            return backend.reshape(x, (maps, inputs, -1))[..., :outputs]
-        return backend.reshape(x, (maps, -1, outputs))[:, :inputs]
+            x = backend.reshape(x, (self._maps, self._inputs, -1))
+            return x[..., : self._outputs]
+        x = backend.reshape(x, (self._maps, -1, self._outputs))
+        return x[:, : self._inputs]
 
 
 class OrthogonalSteps:
     """The directions of all kernels that are orthogonalized.
-
-    Matrices of the same sizes are orthogonalized together, whatever kernel they
-    are from: a batched product is one kernel of the device, and compiles once.
 
     Args:
         kernels: Dict from a parameter's number in the optimizer to its
@@ -167,26 +216,29 @@ class OrthogonalSteps:
     def __init__(self, kernels, settings, add_variable):
         self.kernels = kernels
         self._settings = settings
-        groups = collections.defaultdict(list)
+        groups = collections.defaultdict(lambda: collections.defaultdict(dict))
         entries = collections.Counter()
         for index, kernel in kernels.items():
-            key = kernel.keeps_root, kernel.sizes[1:]
-            entries[key] += math.prod(kernel.sizes)
-            groups[*key, entries[key] // LARGEST_BATCH].append(index)
-        # Dict from whether the root is kept, the sizes of matrices and the
-        # number of the batch to the parameters' numbers.
-        self._groups = dict(groups)
+            key = kernel.keeps_root, kernel.side
+            entries[key] += math.prod(kernel.view.size)
+            group = groups[*key, entries[key] // LARGEST_BATCH]
+            group[kernel.sizes][index] = kernel
+        # Dict from whether the roots are kept, their side and the number of the
+        # group to the batches of it.
+        self._groups = {
+            key: [Batch(batch) for batch in group.values()]
+            for key, group in groups.items()
+        }
         self._root_of = {}
-        for key, indices in self._groups.items():
-            keeps_root, (rows, columns), _ = key
+        for key, batches in self._groups.items():
+            keeps_root, side, _ = key
             if keeps_root:
-                count = sum(kernels[index].sizes[0] for index in indices)
-                side = min(rows, columns)
+                count = sum(batch.count for batch in batches)
                 self._root_of[key] = add_variable(
                     shape=(count, side, side),
                     # Until there is one, steps go along the momentum.
                     initializer=_multiples_of_identity,
-                    name=f"root_{rows}x{columns}",
+                    name=f"root_{side}",
                 )
         self.roots = list(self._root_of.values())
 
@@ -204,60 +256,51 @@ class OrthogonalSteps:
         Returns:
             Dict from a parameter's number to a tensor of its shape.
         """
+        count = self._settings.ns_steps
+        scales = self._scales()
+
+        def whitened(key):
+            return [
+                batch.whitened(momentums, scales) for batch in self._groups[key]
+            ]
+
         groups = {
-            key: indices
-            for key, indices in self._groups.items()
-            if any(index in momentums for index in indices)
+            key: batches
+            for key, batches in self._groups.items()
+            if any(batch.has_any_of(momentums) for batch in batches)
         }
         # Those with kept roots are needed twice: the condition is one for all.
-        whitened = {
-            key: self._whitened(indices, momentums)
-            for key, indices in groups.items()
-            if key in self._root_of
-        }
-        count = self._settings.ns_steps
-        if whitened:
-            variables = [self._root_of[key] for key in whitened]
+        kept = {key: whitened(key) for key in groups if key in self._root_of}
+        if kept:
+            variables = [self._root_of[key] for key in kept]
             assign_roots(
                 variables,
                 lambda: [
-                    matrices.new_root(count, ops.convert_to_tensor(old))
-                    for matrices, old in zip(
-                        whitened.values(), variables, strict=True
+                    new_roots(stacks, count, ops.convert_to_tensor(old))
+                    for stacks, old in zip(
+                        kept.values(), variables, strict=True
                     )
                 ],
             )
         found = {}
-        for key, indices in groups.items():
-            if key in self._root_of:
-                root = ops.convert_to_tensor(self._root_of[key])
-                steps = whitened.pop(key).step_along(root)
+        for key, batches in groups.items():
+            if key in kept:
+                roots = ops.convert_to_tensor(self._root_of[key])
+                steps = steps_along(kept.pop(key), roots)
             else:
-                steps = self._whitened(indices, momentums).step(count)
-            start = 0
-            for index in indices:
-                kernel = self.kernels[index]
-                end = start + kernel.sizes[0]
-                if index in momentums:
-                    found[index] = kernel.joined(steps[start:end])
-                start = end
-        return found
+                steps = fresh_steps(whitened(key), count)
+            for batch, step in zip(batches, steps, strict=True):
+                found.update(batch.directions(step))
+        return {index: found[index] for index in momentums}
 
-    def _whitened(self, indices, momentums):
-        """The `Whitened` matrices of a group of kernels."""
-        damping = self._settings.factor_damping
-        parts = []
-        for index in indices:
-            kernel = self.kernels[index]
-            if index in momentums:
-                momentum = momentums[index]()
-            else:
-                # The gradient is missing in this step.
-                momentum = ops.zeros(kernel.variable.shape)
-            parts.append(kernel.whitened(momentum, damping))
-        if len(parts) == 1:
-            return Whitened(*parts[0])
-        return Whitened(*map(ops.concatenate, zip(*parts, strict=True)))
+    def _scales(self):
+        """What rows and columns of each kernel's matrices are whitened by."""
+        factors = [kernel.factors() for kernel in self.kernels.values()]
+        scales = whitenings(
+            list(itertools.chain(*factors)), self._settings.factor_damping
+        )
+        pairs = zip(scales[::2], scales[1::2], strict=True)
+        return dict(zip(self.kernels, pairs, strict=True))
 
 
 def _multiples_of_identity(shape, dtype=None):
@@ -271,8 +314,8 @@ def costs_little(view, positions):
     """Whether a kernel can be orthogonalized anew at each step.
 
     Newton–Schulz takes about `4 m² n + 30 m³` operations for an `m` by `n`
-    matrix, and the layer's own forward and backward pass `6 m n` for each row,
-    a position of an example.
+    matrix, and the layer's own forward and backward pass `6 m n` for each
+    example, of which each position is one.
 
     Args:
         view: The kernel's `MatrixView`.
