@@ -6,7 +6,8 @@ For each task and optimizer of `RIVALS`:
 
 - rates: learning rates a factor of two apart, with a warm-up and a cosine. They
   show how sensitive an optimizer is, and are its tuning: the best of them by
-  validation loss is tried with other momentum.
+  validation loss is tried with other momentum, and what is best then with
+  another weight decay.
 - steps: fresh seeds of what tuning chose, as many steps for all.
 - time: the same in as much time as AdamW takes. Who takes longer for a step has
   fewer of them, and a cosine that is as much shorter. It is the same runs where
@@ -237,12 +238,14 @@ class Contest:
     ratio: float
     plan: Plan
 
-    def run(self, rate, seed, parts=None, momentum=None, **changes):
+    def run(self, rate, seed, parts=None, momentum=None, decay=None, **changes):
         """One training run of what is tuned."""
         rival = RIVALS[self.rival]
         settings = dict(rival.tuned)
         if momentum is not None:
             settings[rival.momentum] = momentum
+        if decay is not None:
+            settings["weight_decay"] = decay
         return trainer(self.name, rival.program or self.rival).run(
             rate,
             seed,
@@ -253,9 +256,9 @@ class Contest:
     def rates(self, parts=None):
         """Losses over learning rates, and the best of them."""
 
-        def losses(rate, momentum=None):
+        def losses(rate, momentum=None, decay=None):
             return [
-                short(self.run(rate, seed, parts, momentum).lowest)
+                short(self.run(rate, seed, parts, momentum, decay).lowest)
                 for seed in TUNING_SEEDS[: self.plan.tuning]
             ]
 
@@ -268,6 +271,11 @@ class Contest:
         # `None`: the default.
         trials = {None: found[best]}
         trials |= {value: losses(rate, value) for value in rival.others}
+        momentum = min(trials, key=lambda value: sum(trials[value]))
+        decays = {None: trials[momentum]}
+        decays |= {
+            value: losses(rate, momentum, value) for value in rival.decays
+        }
         return {
             "rates": [
                 [short(rival.centre * 2.0**octave), found[octave]]
@@ -275,7 +283,9 @@ class Contest:
             ],
             "momentums": [[value, trials[value]] for value in trials],
             "learning_rate": rate,
-            "momentum": min(trials, key=lambda value: sum(trials[value])),
+            "momentum": momentum,
+            "decays": [[value, decays[value]] for value in decays],
+            "decay": min(decays, key=lambda value: sum(decays[value])),
         }
 
     def steps(self, found):
@@ -285,7 +295,13 @@ class Contest:
     def fresh(self, found, parts):
         return [
             as_row(
-                self.run(found["learning_rate"], seed, parts, found["momentum"])
+                self.run(
+                    found["learning_rate"],
+                    seed,
+                    parts,
+                    found["momentum"],
+                    found["decay"],
+                )
             )
             for seed in FRESH_SEEDS[: self.plan.seeds]
         ]
@@ -318,6 +334,7 @@ class Contest:
                         seed,
                         max(1, round(share * found["parts"])),
                         found["momentum"],
+                        found["decay"],
                     ).validation
                 ]
                 for seed in FRESH_SEEDS[: self.plan.sooner]

@@ -25,6 +25,8 @@ class Rival:
             have it.
         momentum: Name of the attribute that tuning varies too, and
         others: the values that it tries next to the default.
+        decays: The values of `weight_decay` that tuning tries next to that of
+            `tuned`.
         tuned: Dict from an attribute to its value in comparisons of tuned
             optimizers. At their defaults, all is as constructors have it.
         program: The rival that is the same program but for such values.
@@ -36,6 +38,7 @@ class Rival:
     centre: float
     momentum: str = None
     others: tuple = ()
+    decays: tuple = ()
     tuned: dict = dataclasses.field(default_factory=dict)
     program: str = None
     effort: str = "much"
@@ -49,25 +52,32 @@ class Rival:
 
 
 # As ours have it by default. Nadam and Muon have next to none, and AdamW 0.004.
-DECAY = {"weight_decay": 0.1}
+# Both are tried: AdaFisherMuon's default for kernels is 0.2.
+DECAY, OTHER_DECAY = {"weight_decay": 0.1}, {"weight_decay": 0.2}
 RIVALS = {
     "AdaFisherMuon": Rival(
         keras_adafisher.AdaFisherMuon,
         4e-2,
         "beta",
-        (0.95,),
-        {**DECAY, "factor_damping": 1.0},
+        (0.8,),
+        (0.1,),
+        {**OTHER_DECAY, "adam_weight_decay": 0.1, "factor_damping": 1.0},
     ),
     "AdaFisherW": Rival(
-        keras_adafisher.AdaFisherW, 1e-2, "beta", (0.8,), DECAY
+        keras_adafisher.AdaFisherW, 1e-2, "beta", (0.8,), (0.2,), DECAY
     ),
-    "AdamW": Rival(keras.optimizers.AdamW, 1e-2, "beta_1", (0.8,), DECAY),
-    "Nadam": Rival(keras.optimizers.Nadam, 1e-2, "beta_1", (0.8,), DECAY),
+    "AdamW": Rival(
+        keras.optimizers.AdamW, 1e-2, "beta_1", (0.8,), (0.2,), DECAY
+    ),
+    "Nadam": Rival(
+        keras.optimizers.Nadam, 1e-2, "beta_1", (0.8,), (0.2,), DECAY
+    ),
     "Muon": Rival(
         keras.optimizers.Muon,
         1e-2,
         "momentum",
         (0.9,),
+        (0.2,),
         {**DECAY, "adam_weight_decay": 0.1},
     ),
     "AdaFisher": Rival(
@@ -75,7 +85,7 @@ RIVALS = {
         1e-2,
         "beta",
         (0.8,),
-        {"weight_decay": 0.0},
+        tuned={"weight_decay": 0.0},
         program="AdaFisherW",
         effort="some",
     ),
@@ -84,7 +94,7 @@ RIVALS = {
         1e-2,
         "beta_1",
         (0.8,),
-        {"weight_decay": 0.0},
+        tuned={"weight_decay": 0.0},
         program="AdamW",
         effort="some",
     ),
@@ -116,7 +126,14 @@ ABLATION = "AdaFisherMuon, not whitened"
 RIVALS[ABLATION] = Rival(
     keras_adafisher.AdaFisherMuon,
     4e-2,
-    tuned={**DECAY, "factor_damping": 1e6},
+    "beta",
+    (0.8,),
+    (0.1,),
+    tuned={
+        **OTHER_DECAY,
+        "adam_weight_decay": 0.1,
+        "factor_damping": 1e6,
+    },
     program="AdaFisherMuon",
     effort="ablation",
 )

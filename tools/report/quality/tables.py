@@ -159,14 +159,19 @@ def cost_table(results):
 
 
 def chosen_table(results):
-    """The learning rates, and the momentum where it isn't the default."""
+    """The learning rates; momentum and decay where they aren't the default."""
 
     def cell(data, rival):
         row = data["rows"].get(f"rates: {rival}")
         if row is None:
             return ""
-        momentum = f" ({row['momentum']:g})" if row["momentum"] else ""
-        return f"{row['learning_rate']:.2g}{momentum}"
+        others = []
+        if row["momentum"]:
+            others.append(f"{row['momentum']:g}")
+        if row["decay"]:
+            others.append(f"decay {row['decay']:g}")
+        others = f" ({', '.join(others)})" if others else ""
+        return f"{row['learning_rate']:.2g}{others}"
 
     rivals = (*RIVALS, ABLATION)
     rows = [
