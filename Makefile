@@ -8,8 +8,9 @@ CONSTRAINTS := constraints.txt
 TEST_EXTRAS := tensorflow,jax,torch,test
 BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
-# Two processes per backend, one after the other: `PYTEST_ARGS=` for one.
-PYTEST_ARGS ?= --numprocesses 2
+# Two processes per backend, one after the other: `PYTEST_ARGS=` for one. Who has
+# nothing left to run takes tests from the other.
+PYTEST_ARGS ?= --numprocesses 2 --dist worksteal
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -72,9 +73,9 @@ test-long: $(VENV)/.test
 	@for backend in $(BACKENDS); do \
 	  echo "== Long tests with the $$backend backend"; \
 	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
-	    $(PYTEST_ARGS) -m "not once" tests/test_examples.py \
-	    tests/test_faults.py tests/test_long_run.py \
-	    tests/test_properties.py || exit 1; \
+	    $(PYTEST_ARGS) -m "not once" tests/test_decision_scope.py \
+	    tests/test_examples.py tests/test_faults.py \
+	    tests/test_long_run.py tests/test_properties.py || exit 1; \
 	done
 
 # Breaks the package in small ways and tells which of them no test notices.

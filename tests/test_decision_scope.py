@@ -1,7 +1,8 @@
 """Where is decided whether a step measures: `set_decision_scope`.
 
 With "step" there is one condition around the training step, on JAX and on
-TensorFlow. The weights are those of "layer", where each tap asks.
+TensorFlow. The weights are those of "layer", where each tap has
+one of its own.
 """
 
 import keras
@@ -631,7 +632,7 @@ def gpt(blocks):
     return keras.Model(inputs, keras.layers.Dense(16)(x))
 
 
-def program(optimizer, blocks=12):
+def program(optimizer, blocks):
     from benchmarks.jax_program import compiled_step
 
     keras_adafisher.set_decision_scope("step")
@@ -642,24 +643,31 @@ def program(optimizer, blocks=12):
 
 
 @JAX
-def test_a_step_of_a_gpt_has_one_condition(record_property):
-    """And as many instructions as Adam's where it doesn't measure."""
+@pytest.mark.parametrize(
+    ("blocks", "most"),
+    [(3, 1.25), pytest.param(12, 1.15, marks=pytest.mark.slow)],
+)
+def test_a_step_of_a_gpt_has_one_condition(blocks, most, record_property):
+    """And about as many instructions as Adam's where it doesn't measure.
+
+    What doesn't depend on the number of layers counts less in a deep model.
+    """
     from benchmarks.jax_program import conditionals
     from benchmarks.jax_program import instructions
 
-    default = program(keras_adafisher.AdaFisher())
-    adam = program(keras.optimizers.Adam())
+    default = program(keras_adafisher.AdaFisher(), blocks)
+    adam = program(keras.optimizers.Adam(), blocks)
     plain, measuring = (instructions(default, branch) for branch in (0, 1))
     record_property(
         "figure",
-        f"GPT of 12 blocks, one decision: {conditionals(default)} condition, "
-        f"{plain} instructions in a plain step, {measuring} in a measuring "
-        f"one, Adam {instructions(adam)}",
+        f"GPT of {blocks} blocks, one decision: {conditionals(default)} "
+        f"condition, {plain} instructions in a plain step, {measuring} in a "
+        f"measuring one, Adam {instructions(adam)}",
     )
     assert conditionals(default) == 1
     assert conditionals(adam) == 0
     assert plain < measuring
-    assert plain <= 1.15 * instructions(adam)
+    assert plain <= most * instructions(adam)
 
 
 @JAX
