@@ -172,15 +172,20 @@ def test_an_old_root_stays_where_there_is_no_new_one(value):
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
 def test_a_step_along_a_root(shape):
+    """Whitened before it and after it, as a fresh one is."""
     x, side = matrices(shape), np.eye(3)
-    norm = np.linalg.norm(x)
+    rows, columns = np.linspace(0.5, 2, shape[0]), np.linspace(3, 1, shape[1])
+    scales = np.outer(rows, columns)
+    unit = scales * x / np.linalg.norm(scales * x)
 
     def step(root):
-        return step_along(whitened(x), tensor(root)[None])
+        return step_along(whitened(x, rows, columns), tensor(root)[None])
 
-    np.testing.assert_allclose(step(1.5 * side), 1.5 * x / norm, rtol=1e-5)
+    np.testing.assert_allclose(step(1.5 * side), 1.5 * scales * unit, rtol=1e-5)
     # No longer than a semi-orthogonal matrix, whose singular values are 1.
-    np.testing.assert_allclose(step(9 * side), 3**0.5 * x / norm, rtol=1e-5)
+    np.testing.assert_allclose(
+        step(9 * side), 3**0.5 * scales * unit, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
