@@ -11,6 +11,7 @@ import keras
 from keras_adafisher import backend
 from keras_adafisher.aliases import LearningRate
 from keras_adafisher.aliases import Normalization
+from keras_adafisher.copies import with_attribute
 from keras_adafisher.optimizer import arguments
 from keras_adafisher.optimizer.adafisher import AdaFisher
 from keras_adafisher.optimizer.adafisher import register
@@ -230,13 +231,9 @@ class AdaFisherMuon(AdaFisher):
             if decay is None or not decaying[is_kernel]:
                 continue
             # Keras reads the attribute, on TensorFlow after other replicas'
-            # threads have run. So it isn't assigned for the time of the call:
-            # a second object of the class, with the same attributes but one,
-            # does it.
-            view = object.__new__(type(self))
-            view.__dict__.update(vars(self))
-            view.__dict__["weight_decay"] = decay
-            super(AdaFisherMuon, view)._apply_weight_decay(decaying[is_kernel])
+            # threads have run.
+            copy = with_attribute(self, "weight_decay", decay)
+            super(AdaFisherMuon, copy)._apply_weight_decay(decaying[is_kernel])
 
     def _make_orthogonal_steps(self, variables, add_variable):
         kernels = {}

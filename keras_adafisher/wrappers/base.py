@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_adafisher.aliases import Tensor
+from keras_adafisher.copies import with_attribute
 from keras_adafisher.probe import BackendProbe
 from keras_adafisher.probe import mark_parameters
 from keras_adafisher.probe import Probe
@@ -193,14 +194,9 @@ class LayerWrapper(keras.layers.Layer):
             *args: Arguments of the host's `call`.
             **kwargs: Arguments of the host's `call`.
         """
-        host = self.host
-        # Not `host.activation = None` for the length of the call: another
-        # thread may be in it. A second object of the same class, with the
-        # same attributes but one, runs whatever `call` the class has.
-        view = object.__new__(type(host))
-        view.__dict__.update(host.__dict__)
-        view.__dict__[attribute] = None
-        return type(host).call(view, *args, **kwargs)
+        # Whatever `call` the class has.
+        copy = with_attribute(self.host, attribute, None)
+        return type(self.host).call(copy, *args, **kwargs)
 
     def host_call_without_activation(self, *args: Any, **kwargs: Any) -> Any:
         """What the host's class computes if its `activation` is `None`."""
