@@ -140,6 +140,15 @@ class FactorStore:
         )
         return places
 
+    def counts(self):
+        """`records` as NumPy has them.
+
+        Returns:
+            Array of shape `(2, number of blocks)`: how often each block's
+            factors have taken in what was measured, and have dropped it.
+        """
+        return ops.convert_to_numpy(self.records).reshape(2, -1)
+
     def without_answer(self, answers, is_first):
         """The blocks of whose weight an update has measured nothing yet.
 

@@ -97,8 +97,7 @@ class Measuring:
         """
         for number, factors in enumerate(self._store.block_factors):
             if factors.probe is probe:
-                records = ops.convert_to_numpy(self._store.records)
-                taken, dropped = records.reshape(2, -1)[:, number]
+                taken, dropped = self._store.counts()[:, number]
                 return float(taken), float(dropped), factors.is_estimated
         return None
 
@@ -118,11 +117,10 @@ class Measuring:
         has_failed = sys.exc_info()[0] is not None
         if has_failed or not self.built or not self._store.block_factors:
             return
-        records = ops.convert_to_numpy(self._store.records).reshape(2, -1)
         unusable = [
             factors.block.parameters[0].path
             for factors, (taken, dropped) in zip(
-                self._store.block_factors, records.T, strict=True
+                self._store.block_factors, self._store.counts().T, strict=True
             )
             if dropped > taken
         ]

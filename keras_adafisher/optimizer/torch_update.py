@@ -90,20 +90,19 @@ class TorchUpdateMixin:
                 )
             for (kind, _, device), group in groups.items():
                 has_direction, is_factored = kind
+                rate = learning_rate
+                if isinstance(rate, torch.Tensor):
+                    rate = rate.to(device)
                 for batch in _batches(group, device):
                     if has_direction:
-                        self._move_batch(*batch, learning_rate)
+                        self._move_batch(*batch, rate)
                     else:
-                        self._update_batch(
-                            is_factored, *batch, learning_rate, roots
-                        )
+                        self._update_batch(is_factored, *batch, rate, roots)
 
     def _move_batch(self, indices, values, gradients, learning_rate):
         """Move along the directions that are computed already."""
         self._advance_momentums(indices, gradients)
         steps = [self._update.directions[index] for index in indices]
-        if isinstance(learning_rate, torch.Tensor):
-            learning_rate = learning_rate.to(values[0].device)
         steps = torch._foreach_mul(steps, learning_rate)
         steps = [step.to(values[0].dtype) for step in steps]
         torch._foreach_sub_(values, steps)
@@ -123,8 +122,6 @@ class TorchUpdateMixin:
         elif roots is not None:
             places = self._mean_squares.places
             roots = [roots[places[index]] for index in indices]
-        if isinstance(learning_rate, torch.Tensor):
-            learning_rate = learning_rate.to(values[0].device)
         is_bounded = is_factored and roots is not None
         fishers = [self._fishers[index] for index in indices]
         for cut, value in _parts(values, fishers):
