@@ -230,6 +230,31 @@ MUTATIONS = [
         "return 1.0",
         "test_adafisher_muon",
     ),
+    Mutation(
+        ORTHOGONAL,
+        "return interval == 1 or (update + 1) % interval == 0",
+        "return interval == 1 or update % interval == 0",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        ORTHOGONAL,
+        "found.update(batch.directions(step, interval))",
+        "found.update(batch.directions(step, 1))",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        ORTHOGONAL,
+        "(update < interval) | (update % interval < since)",
+        "(update < interval) | (update % interval == 0)",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MEASURING,
+        "return measures | (makes_roots & orthogonal.moves_at(update))",
+        "return measures",
+        "test_adafisher_muon",
+        "jax",
+    ),
     # When it is measured.
     Mutation(
         MEASURING,

@@ -218,8 +218,11 @@ class OrthogonalMomentum:
         self.steps = steps
         self.m = np.zeros(shape)
 
-    def step(self, gradient, h, s):
+    def take_in(self, gradient):
         self.m = self.beta * self.m + (1 - self.beta) * gradient
+
+    def step(self, gradient, h, s):
+        self.take_in(gradient)
         m = self.m
         if self.nesterov:
             m = self.beta * m + (1 - self.beta) * gradient

@@ -50,9 +50,12 @@ def batches(inputs, outputs, steps, rows=4):
 class LinearReference:
     """A dense layer without a bias, trained in NumPy."""
 
-    def __init__(self, weight, learning_rate=0.1, interval=1, **kwargs):
+    def __init__(
+        self, weight, learning_rate=0.1, interval=1, rests=1, **kwargs
+    ):
         self.weight = weight.astype("float64")
         self.learning_rate, self.interval = learning_rate, interval
+        self.rests = rests
         self.factors = reference.LinearFactors(*weight.shape, 0, "mean")
         rule = kwargs.pop("rule", reference.OrthogonalMomentum)
         self.momentum = rule(weight.shape, 0.9, 0.1, **kwargs)
@@ -61,11 +64,13 @@ class LinearReference:
     def train(self, x, s):
         if self.t % self.interval == 0:
             self.factors.update(x, s, 0.2, 0.2)
-        step = self.momentum.step(
-            x.T @ s / s.size, self.factors.h, self.factors.s
-        )
-        self.weight -= self.learning_rate * step
         self.t += 1
+        gradient = x.T @ s / s.size
+        if self.t % self.rests:
+            self.momentum.take_in(gradient)
+            return
+        step = self.momentum.step(gradient, self.factors.h, self.factors.s)
+        self.weight -= self.rests * self.learning_rate * step
 
 
 RULES = {
@@ -97,6 +102,67 @@ def test_the_rule(inputs, outputs, name):
         model.train_on_batch(x, s)
         truth.train(x, s)
         np.testing.assert_allclose(weights(model)[0], truth.weight, atol=5e-5)
+
+
+@pytest.mark.parametrize("keep_roots", [False, True])
+def test_kernels_that_move_at_one_update_in_three(keep_roots):
+    model = linear(
+        5,
+        3,
+        learning_rate=0.1,
+        factor_damping=0.1,
+        weight_decay=None,
+        factor_update_steps=2,
+        keep_roots=keep_roots,
+        kernel_update_steps=3,
+    )
+    # The factors are measured more often than kernels move, so that each root
+    # is a new one.
+    rule = reference.OrthogonalMomentum
+    if keep_roots:
+        rule = functools.partial(reference.KeptRootMomentum, interval=1)
+    truth = LinearReference(weights(model)[0], interval=2, rests=3, rule=rule)
+    for x, s in batches(5, 3, 9):
+        model.train_on_batch(x, s)
+        truth.train(x, s)
+        np.testing.assert_allclose(weights(model)[0], truth.weight, atol=5e-5)
+
+
+def test_all_else_moves_at_each_update():
+    model = mlp()
+    optimizer = AdaFisherMuon(
+        weight_decay=None, adam_weight_decay=None, kernel_update_steps=3
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    moved = []
+    for step in range(6):
+        before = [value.copy() for value in weights(model)]
+        train(model, [step])
+        moved.append(
+            [
+                bool(np.any(old != new))
+                for old, new in zip(before, weights(model), strict=True)
+            ]
+        )
+    # A kernel and a bias of each of two layers.
+    rest, move = [False, True] * 2, [True] * 4
+    assert moved == [rest, rest, move] * 2
+
+
+def test_a_kept_root_is_made_of_what_was_measured_since_it_was():
+    """Measured at updates 0 to 4 and 5, 10, 15; kernels move at 1, 3, 5, ..."""
+    model = linear(
+        6, 4, factor_update_steps=5, kernel_update_steps=2, keep_roots=True
+    )
+    model.optimizer.build(model.trainable_variables)
+    (root,) = (v for v in model.optimizer.variables if "root" in v.path)
+    changes = []
+    for update, (x, s) in enumerate(batches(6, 4, 16)):
+        before = to_numpy(root).copy()
+        model.train_on_batch(x, s)
+        if np.any(to_numpy(root) != before):
+            changes.append(update)
+    assert changes == [1, 3, 5, 11, 15]
 
 
 def test_one_parameter_of_each_kind():
@@ -218,6 +284,7 @@ def test_the_config():
         factor_damping=0.25,
         ns_steps=3,
         keep_roots=True,
+        kernel_update_steps=2,
         exclude_layers=["head"],
         beta=0.5,
     )
@@ -233,6 +300,7 @@ def test_the_config():
         ({"factor_damping": 0}, "`factor_damping` must be a float > 0"),
         ({"adam_weight_decay": -1}, "`adam_weight_decay` must be "),
         ({"ns_steps": 0}, "`ns_steps` must be an integer from 1 to 6"),
+        ({"kernel_update_steps": 0}, "`kernel_update_steps` must be an int"),
         ({"ns_steps": 2.5}, "`ns_steps` must be an integer from 1 to 6"),
         ({"ns_steps": 7}, "`ns_steps` must be an integer from 1 to 6"),
         ({"keep_roots": "never"}, '`keep_roots` must be a boolean or "auto"'),
@@ -302,6 +370,13 @@ def test_an_orthogonalized_kernel_has_no_rate_for_each_entry():
 
 SETTINGS = {
     "fresh": {"keep_roots": False},
+    "resting": {"kernel_update_steps": 3},
+    "resting, kept": {
+        "keep_roots": True,
+        "factor_update_steps": 4,
+        "kernel_update_steps": 3,
+        "gradient_accumulation_steps": 2,
+    },
     "kept": {"keep_roots": True, "factor_update_steps": 3},
     "accumulation": {"gradient_accumulation_steps": 2, "keep_roots": True},
     "clipping": {"global_clipnorm": 0.1},
@@ -324,7 +399,7 @@ def test_training_with_each_setting(name):
     assert all(np.all(np.isfinite(v)) for v in state(model))
 
 
-@pytest.mark.parametrize("name", ["kept", "accumulation"])
+@pytest.mark.parametrize("name", ["kept", "accumulation", "resting, kept"])
 @pytest.mark.parametrize("steps", [2, 5])
 def test_resuming_is_as_if_there_had_been_no_interruption(
     name, steps, tmp_path
@@ -518,15 +593,16 @@ def test_half_precision(dtype):
     assert all(np.all(np.isfinite(w.astype("float32"))) for w in weights(model))
 
 
+@pytest.mark.parametrize("name", ["kept", "resting, kept"])
 @pytest.mark.parametrize("scope", ["layer", "step"])
-def test_one_decision_for_a_step_or_for_each_layer(scope):
+def test_one_decision_for_a_step_or_for_each_layer(scope, name):
     def run(scope):
         keras.utils.set_random_seed(0)
         keras_adafisher.set_decision_scope(scope)
         try:
             model = mlp()
-            model.compile(AdaFisherMuon(**SETTINGS["kept"]), cross_entropy())
-            train(model, range(8))
+            model.compile(AdaFisherMuon(**SETTINGS[name]), cross_entropy())
+            train(model, range(14))
         finally:
             keras_adafisher.set_decision_scope("auto")
         return weights(model)

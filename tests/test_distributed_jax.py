@@ -36,9 +36,10 @@ def test_data_parallel():
     assert result["extra_bytes"] == 4 * numbers
 
 
-def test_orthogonalized_steps():
+@pytest.mark.parametrize("name", ["orthogonalized", "resting"])
+def test_orthogonalized_steps(name):
     """Kernels and momentums stay split, whatever their matrices are."""
-    result = devices()["orthogonalized"]
+    result = devices()[name]
     assert result["difference_DataParallel"] <= 1e-5
     assert result["difference_ModelParallel"] <= 1e-5
     assert result["splits"] == ["einsum/kernel", "muon/einsum_kernel_momentum"]

@@ -31,6 +31,7 @@ def test_distributed_data_parallel():
 
     # Each process orthogonalizes what all of them have.
     assert result["difference_orthogonalized"] <= 1e-5
+    assert result["difference_resting"] <= 1e-5
 
     # One transfer for all probes, and none at steps that don't measure: for
     # each weight a number per row, a number per column, and the calls.

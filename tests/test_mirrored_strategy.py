@@ -65,12 +65,14 @@ def test_two_replicas_give_the_weights_of_one_device():
     assert_close(factors_of_two, factors_of_one, 1e-6)
 
 
-def test_orthogonalized_steps():
+@pytest.mark.parametrize("interval", [1, 3])
+def test_orthogonalized_steps(interval):
     x, y = data(examples=16 * STEPS)
     batches = list(zip(np.split(x, STEPS), np.split(y, STEPS), strict=True))
     settings = {
         "optimizer_class": keras_adafisher.AdaFisherMuon,
         "keep_roots": True,
+        "kernel_update_steps": interval,
     }
     one, _ = train(tf.distribute.get_strategy(), mlp, batches, **settings)
     two, _ = train(mirrored(), mlp, batches, **settings)

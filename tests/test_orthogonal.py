@@ -183,7 +183,8 @@ def test_what_orthogonalization_costs(inputs, outputs, positions, costs_little):
         (keras.layers.Dense(3), (None, None, 4), 64),
         (keras.layers.Conv2D(3, 2, strides=2), (None, 8, 6, 4), 12),
         (keras.layers.EinsumDense("abc,cde->abde", (9, 2, 3)), (None, 9, 4), 9),
-        (keras.layers.LSTMCell(3), (None, 4), 1),
+        # A cell runs once for each step of a sequence.
+        (keras.layers.LSTMCell(3), (None, 4), 64),
     ],
 )
 def test_how_often_a_layer_uses_its_kernel(layer, shape, positions):

@@ -138,6 +138,32 @@ def test_operations_for_a_layer_on_steps_that_measure():
     assert (measuring - plain) / 10 == 5
 
 
+def operations_of_vit(optimizer, steps):
+    task = make_task("ViT")
+    task.compile(optimizer)
+    counts = []
+    for _ in range(steps):
+        with CountReads() as count:
+            task.step()
+        counts.append(count.operations)
+    return counts
+
+
+def test_operations_where_kernels_move_at_every_second_step(record_property):
+    """Orthogonalization is half of them, and none while kernels rest."""
+    adamw = operations_of_vit(keras.optimizers.AdamW(), 2)[1]
+    *_, rests, moves = operations_of_vit(
+        keras_adafisher.AdaFisherMuon(kernel_update_steps=2), 14
+    )
+    record_property(
+        "figure",
+        f"operations of a ViT's step: AdamW {adamw}; AdaFisherMuon {moves}, "
+        f"{rests} while kernels rest",
+    )
+    assert moves <= 1136
+    assert rests <= adamw + 5
+
+
 @pytest.mark.parametrize(("device", "limit"), [("cpu", 736), ("other", 700)])
 def test_operations_of_a_vision_transformer(
     device, limit, record_property, monkeypatch
@@ -149,18 +175,8 @@ def test_operations_of_a_vision_transformer(
     if device != "cpu":
         monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
 
-    def operations(optimizer, steps):
-        task = make_task("ViT")
-        task.compile(optimizer)
-        counts = []
-        for _ in range(steps):
-            with CountReads() as count:
-                task.step()
-            counts.append(count.operations)
-        return counts
-
-    adam = operations(keras.optimizers.Adam(), 2)
-    ours = operations(keras_adafisher.AdaFisher(), 12)
+    adam = operations_of_vit(keras.optimizers.Adam(), 2)
+    ours = operations_of_vit(keras_adafisher.AdaFisher(), 12)
     # The first ten steps measure the size of the steps, and one in ten the
     # factors too.
     first, second, measuring, plain = (ours[step] for step in (0, 1, 10, 11))

@@ -125,6 +125,7 @@ RULES = {
     "adam_epsilon": _not_negative(kind=float),
     "adam_weight_decay": _not_negative(is_optional=True),
     "factor_damping": _positive(kind=float),
+    "kernel_update_steps": _integer(1, kind=int),
     # With each, rounding errors of a Gram matrix grow twelvefold.
     "ns_steps": Rule(
         "an integer from 1 to 6",

@@ -39,10 +39,16 @@ class Measuring:
             Bool or boolean tensor.
         """
         step = backend.step_number(self._iterations)
-        has_roots = self._orthogonal is not None and self._orthogonal.roots
-        if self._mean_squares is None and not has_roots:
-            return self._is_measuring(step)
-        return self._measures_steps(self._updates_before(step))
+        update = self._updates_before(step)
+        if self._mean_squares is None:
+            measures = self._is_measuring(step)
+        else:
+            measures = self._measures_steps(update)
+        orthogonal = self._orthogonal
+        if measures is True or orthogonal is None or not orthogonal.roots:
+            return measures
+        makes_roots = orthogonal.makes_roots_at(update)
+        return measures | (makes_roots & orthogonal.moves_at(update))
 
     def leave(self, probes: Iterable[Probe]) -> None:
         """Ask some probes for nothing more: another optimizer has come.
@@ -146,7 +152,7 @@ class Measuring:
         return self._updates_before(step) % self.factor_update_steps == 0
 
     def _measures_steps(self, update):
-        """Whether mean squares are measured, and kept roots made anew."""
+        """Whether mean squares are measured."""
         return are_measured(update, self.factor_update_steps)
 
     def _update_factors(self, answers, step):
@@ -252,25 +258,37 @@ class Measuring:
 
     def _assign_if(self, condition, variables, new_values):
         """Set variables to what a function returns, or leave them."""
-        if condition is False or steps.mode() == "plain":
+        if self._is_never(condition):
             return
+        values = self._values_if(condition, variables, new_values)
+        for variable, value in zip(variables, values, strict=True):
+            self.assign(variable, value)
+
+    def _values_if(self, condition, variables, new_values):
+        """What a function returns, or the values that variables have."""
 
         def laid_out(values):
             return list(map(backend.constrain_layout, values, variables))
 
+        def present():
+            return laid_out(map(ops.convert_to_tensor, variables))
+
+        if self._is_never(condition):
+            return present()
         if steps.mode() == "measure" or condition is True:
             # If there is a condition, it is around the whole step already.
-            values = new_values()
+            values = laid_out(new_values())
             if condition is not True:
                 values = [
-                    ops.where(condition, value, ops.convert_to_tensor(variable))
-                    for variable, value in zip(variables, values, strict=True)
+                    ops.where(condition, value, old)
+                    for value, old in zip(values, present(), strict=True)
                 ]
-        else:
-            values = backend.cond(
-                condition,
-                lambda: laid_out(new_values()),
-                lambda: laid_out(map(ops.convert_to_tensor, variables)),
-            )
-        for variable, value in zip(variables, laid_out(values), strict=True):
-            self.assign(variable, value)
+            return laid_out(values)
+        return laid_out(
+            backend.cond(condition, lambda: laid_out(new_values()), present)
+        )
+
+    @staticmethod
+    def _is_never(condition):
+        """Whether it is known before the step runs that nothing is measured."""
+        return condition is False or steps.mode() == "plain"

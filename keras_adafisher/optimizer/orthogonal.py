@@ -36,7 +36,7 @@ SMALL_SIDE = 64
 
 # An orthogonalization takes this share of a layer's own work at most, or its
 # root is kept. Taken for granted are so many examples in a batch, and positions
-# on an axis whose length varies.
+# on an axis whose length varies or isn't known.
 LARGEST_SHARE = 0.5
 USUAL_BATCH = 64
 USUAL_LENGTH = 64
@@ -146,13 +146,14 @@ class Batch:
             self._cut(columns, fill=1),
         )
 
-    def directions(self, steps):
+    def directions(self, steps, scale):
         """Get the direction of each kernel, by its parameter's number.
 
         Args:
             steps: Tensor, the steps of all matrices.
+            scale: Number that they are multiplied by, beside that of `scale`.
         """
-        steps = self._uncut(steps) * self.scale
+        steps = self._uncut(steps) * (self.scale * scale)
         found = {}
         start = 0
         for index, kernel in self._kernels.items():
@@ -204,7 +205,8 @@ class OrthogonalSteps:
     Args:
         kernels: Dict from a parameter's number in the optimizer to its
             `Kernel`.
-        settings: What has the attributes `ns_steps` and `factor_damping`: the
+        settings: What has the attributes `ns_steps`, `factor_damping`,
+            `factor_update_steps` and `kernel_update_steps`: the
             `AdaFisherMuon`.
         add_variable: Callable `(shape, initializer, name)`.
 
@@ -242,19 +244,59 @@ class OrthogonalSteps:
                 )
         self.roots = list(self._root_of.values())
 
-    def directions(self, momentums, assign_roots):
+    def moves_at(self, update):
+        """Whether kernels move at an update.
+
+        Args:
+            update: Integer, a number or a tensor, counted from 0.
+
+        Returns:
+            Bool or boolean tensor.
+        """
+        interval = self._settings.kernel_update_steps
+        return interval == 1 or (update + 1) % interval == 0
+
+    def makes_roots_at(self, update):
+        """Whether roots are made anew at an update at which kernels move.
+
+        They are if the factors have been measured since kernels moved last.
+
+        Args:
+            update: See `moves_at`.
+
+        Returns:
+            Bool or boolean tensor.
+        """
+        since = self._settings.kernel_update_steps
+        interval = self._settings.factor_update_steps
+        return interval <= since or (
+            (update < interval) | (update % interval < since)
+        )
+
+    def resting(self, momentums):
+        """What `directions` returns, for an update at which kernels rest."""
+        directions = {}
+        for index in momentums:
+            variable = self.kernels[index].variable
+            zeros = ops.zeros(variable.shape, "float32")
+            directions[index] = backend.constrain_layout(zeros, variable)
+        return directions, list(map(ops.convert_to_tensor, self.roots))
+
+    def directions(self, momentums, values_if_made):
         """Get what to subtract from each kernel, but for the learning rate.
 
         Args:
             momentums: Dict from a parameter's number to a function without
                 arguments that computes its momentum, of those that have a
                 gradient.
-            assign_roots: Function of a list of variables and a function without
-                arguments that returns their new values. It assigns them if this
-                step is one that makes roots anew.
+            values_if_made: Function of a list of roots' variables and a
+                function without arguments that computes their new values. It
+                returns them if this step is one that makes roots anew, or else
+                the values that the variables have.
 
         Returns:
-            Dict from a parameter's number to a tensor of its shape.
+            Dict from a parameter's number to a float32 tensor of its shape, in
+            the order of `momentums`, and the list of the values of `roots`.
         """
         count = self._settings.ns_steps
         scales = self._scales()
@@ -271,9 +313,10 @@ class OrthogonalSteps:
         }
         # Those with kept roots are needed twice: the condition is one for all.
         kept = {key: whitened(key) for key in groups if key in self._root_of}
+        roots = {}
         if kept:
             variables = [self._root_of[key] for key in kept]
-            assign_roots(
+            values = values_if_made(
                 variables,
                 lambda: [
                     new_roots(stacks, count, ops.convert_to_tensor(old))
@@ -282,16 +325,21 @@ class OrthogonalSteps:
                     )
                 ],
             )
+            roots = dict(zip(kept, values, strict=True))
         found = {}
         for key, batches in groups.items():
             if key in kept:
-                roots = ops.convert_to_tensor(self._root_of[key])
-                steps = steps_along(kept.pop(key), roots)
+                steps = steps_along(kept.pop(key), roots[key])
             else:
                 steps = fresh_steps(whitened(key), count)
             for batch, step in zip(batches, steps, strict=True):
-                found.update(batch.directions(step))
-        return {index: found[index] for index in momentums}
+                # As far as if it had moved at each update.
+                interval = self._settings.kernel_update_steps
+                found.update(batch.directions(step, interval))
+        return {index: found[index] for index in momentums}, [
+            roots.get(key, ops.convert_to_tensor(variable))
+            for key, variable in self._root_of.items()
+        ]
 
     def _scales(self):
         """What rows and columns of each kernel's matrices are whitened by."""
@@ -340,13 +388,16 @@ def positions_of(block, layer):
         layer: The layer.
 
     Returns:
-        Int: 1 where it isn't known, as in recurrent layers.
+        Int: 1 where it isn't known.
     """
+    if block.is_estimated:
+        # A recurrent cell: once for each step of a sequence.
+        return USUAL_LENGTH
     has_shape = type(layer).compute_output_shape is not (
         keras.layers.Layer.compute_output_shape
     )
     inputs = (layer.get_build_config() or {}).get("input_shape")
-    if block.is_estimated or not has_shape or not inputs:
+    if not has_shape or not inputs:
         return 1
     outputs = layer.compute_output_shape(inputs)
     if not all(size is None or is_integer(size) for size in outputs):

@@ -103,6 +103,9 @@ class TorchUpdateMixin:
         """Move along the directions that are computed already."""
         self._advance_momentums(indices, gradients)
         steps = [self._update.directions[index] for index in indices]
+        if steps[0] is None:
+            # All kernels rest in this update.
+            return
         steps = torch._foreach_mul(steps, learning_rate)
         steps = [step.to(values[0].dtype) for step in steps]
         torch._foreach_sub_(values, steps)

@@ -32,6 +32,7 @@ class _Update:
             it is computed once.
         directions: Dict from a parameter's number to what is subtracted from
             it but for the learning rate, of those that are orthogonalized.
+            `None` if they are known to rest.
         unmeasured: Set of the ids of `BlockFactors` that nothing was measured
             of in this update, so that the weight's gradient has to do.
     """
@@ -306,7 +307,7 @@ class Updates:
                 averaged,
             )
         if orthogonalized:
-            self._update.directions = self._orthogonal.directions(
+            self._update.directions = self._find_directions(
                 {
                     # As `update_step` will have it.
                     index: functools.partial(
@@ -314,10 +315,40 @@ class Updates:
                     )
                     for index, gradient in orthogonalized.items()
                 },
-                functools.partial(
-                    self._assign_if, self._measures_steps(update)
-                ),
+                update,
             )
+
+    def _find_directions(self, momentums, update):
+        """Orthogonalize momentums, and make roots anew if it is time.
+
+        Args:
+            momentums: See `OrthogonalSteps.directions`.
+            update: The number of this update.
+
+        Returns:
+            `_Update.directions`.
+        """
+        orthogonal = self._orthogonal
+        moves = orthogonal.moves_at(update)
+        if moves is False:
+            return dict.fromkeys(momentums)
+        makes_roots = orthogonal.makes_roots_at(update)
+
+        def moving():
+            return orthogonal.directions(
+                momentums, functools.partial(self._values_if, makes_roots)
+            )
+
+        if moves is True:
+            directions, roots = moving()
+        else:
+            directions, roots = backend.cond(
+                moves, moving, lambda: orthogonal.resting(momentums)
+            )
+        if not self._is_never(makes_roots):
+            for variable, root in zip(orthogonal.roots, roots, strict=True):
+                self.assign(variable, root)
+        return directions
 
     def update_step(
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
@@ -333,7 +364,10 @@ class Updates:
 
         is_factored = bool(self._fishers[index])
         if index in self._directions():
-            step = lr * ops.cast(self._directions()[index], dtype)
+            direction = self._directions()[index]
+            if direction is None:
+                return
+            step = lr * ops.cast(direction, dtype)
         elif is_factored:
             rate = self._rate(index, lr, dtype)
             step = update_rule.quotient(m, rate, self._fisher(index))

@@ -188,7 +188,7 @@ def more_layers():
     }
 
 
-def orthogonalized():
+def orthogonalized(interval):
     """Kernels that are split, one of them along two axes, and kept roots."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 32, (4 * BATCH, 8)).astype("int32")
@@ -196,7 +196,11 @@ def orthogonalized():
 
     def ours():
         return keras_adafisher.AdaFisherMuon(
-            1e-4, factor_update_steps=2, keep_roots=True, name="muon"
+            1e-4,
+            factor_update_steps=2,
+            keep_roots=True,
+            kernel_update_steps=interval,
+            name="muon",
         )
 
     one = fit(None, transformer, ours, x, y)
@@ -270,7 +274,8 @@ def main():
     for result in digits():
         print(json.dumps(result))
     print(json.dumps({"name": "more layers", **more_layers()}))
-    print(json.dumps({"name": "orthogonalized", **orthogonalized()}))
+    print(json.dumps({"name": "orthogonalized", **orthogonalized(1)}))
+    print(json.dumps({"name": "resting", **orthogonalized(2)}))
     print(json.dumps({"name": "late", **late()}))
     print(json.dumps({"name": "saving", **saving()}))
 

@@ -161,14 +161,17 @@ def main():
     actual, *_ = train(True, recurrent)
     result["difference_estimated"] = difference(actual, expected)
 
-    def orthogonalizing():
+    def orthogonalizing(interval):
         return keras_adafisher.AdaFisherMuon(
-            factor_update_steps=2, keep_roots=True
+            factor_update_steps=2,
+            keep_roots=True,
+            kernel_update_steps=interval,
         )
 
-    expected, *_ = train(False, optimizer=orthogonalizing())
-    actual, *_ = train(True, optimizer=orthogonalizing())
-    result["difference_orthogonalized"] = difference(actual, expected)
+    for interval, name in ((1, "orthogonalized"), (2, "resting")):
+        expected, *_ = train(False, optimizer=orthogonalizing(interval))
+        actual, *_ = train(True, optimizer=orthogonalizing(interval))
+        result[f"difference_{name}"] = difference(actual, expected)
 
     # The processes train alike.
     mine = torch.cat([torch.from_numpy(a).double().ravel() for a in several])
