@@ -7,12 +7,14 @@ For each task and optimizer of `RIVALS`:
 - rates: learning rates a factor of two apart, with a warm-up and a cosine. They
   show how sensitive an optimizer is, and are its tuning: the best of them by
   validation loss is tried with other momentum, and what is best then with
-  another weight decay.
+  another weight decay. Where an optimizer has another form for a task, that is
+  tuned likewise, and the better of both is taken from there on.
 - steps: fresh seeds of what tuning chose, as many steps for all.
 - time: the same in as much time as AdamW takes. Who takes longer for a step has
   fewer of them, and a cosine that is as much shorter. It is the same runs where
   steps take as long, to 3 % or to less than the distance of evaluations. Where
-  they take more than 1.25 times as long, the rate is tuned for it.
+  they take more than 1.25 times as long, the rate is tuned for it, and so it
+  is where there is another form.
 - sooner: schedules that end before that time is over. Who wants a given loss
   as soon as possible doesn't wait for a long schedule.
 - defaults: the optimizer as it is without arguments and at three times its
@@ -28,7 +30,7 @@ What it takes, in minutes of one core, with `benchmarks/quality_rivals.py`'s
 numbers of rates and seeds:
 
     task            rates  seeds  sooner  defaults  compiling  all
-    gpt2              5.3    3.3                          2.5   11
+    gpt2              5.3    3.3     4.9                  2.5   16
     vit               4.0    2.6     1.2       4.2        1.7   14
     gpt               3.8    2.5     1.1       3.9        1.5   13
     cnn               3.5    2.3     1.0       3.6        1.6   12
@@ -38,7 +40,7 @@ numbers of rates and seeds:
     tuning            2.1    1.0     0.6       1.8        0.8    6
     lstm              1.9    0.9     0.6       1.6        0.9    6
     four tables       1.0    0.4     0.1       0.4        2.1    4
-    all                                                         81
+    all                                                         86
 """
 
 import concurrent.futures
@@ -127,11 +129,15 @@ def measure(name, arguments):
     results = Results(f"quality2-{name}", arguments)
     rows = results.data["rows"]
     results.add("step", timed(step_ratios, name))
+    if any(name in rival.forms for rival in RIVALS.values()):
+        results.add("step of forms", timed(step_ratios, name, True))
     for rival in rivals_of(name):
         program = RIVALS[rival].program or rival
         ratio = rows["step"][program]["median"]
         plan = plan_of(name, rival, ratio, arguments.level)
         own = Contest(name, rival, ratio, plan)
+        if name in RIVALS[rival].forms:
+            own.form_ratio = rows["step of forms"][program]["median"]
         results.add(f"rates: {rival}", timed(own.rates))
         found = rows[f"rates: {rival}"]
         results.add(f"steps: {rival}", timed(own.steps, found))
@@ -183,17 +189,32 @@ def task_of(name):
 
 
 @functools.cache
-def trainer(name, program):
+def trainer(name, program, is_form=False):
     """One for each program: compiling takes longer than most runs."""
     rival = RIVALS[program]
-    return Trainer(task_of(name), rival.make, rival.traced)
+    make = rival.make
+    if is_form:
+        make = functools.partial(make, **rival.forms[name])
+    return Trainer(task_of(name), make, rival.traced)
 
 
-def step_ratios(name):
-    """The time of a step next to AdamW's, and that in seconds."""
+def step_ratios(name, of_forms=False):
+    """The time of a step next to AdamW's, and that in seconds.
+
+    Args:
+        name: String, the task's.
+        of_forms: Bool, whether to measure the other forms on the task.
+    """
     programs = [r for r in rivals_of(name) if RIVALS[r].program is None]
+    if of_forms:
+        programs = [
+            r for r in programs if r == REFERENCE or name in RIVALS[r].forms
+        ]
+    trainers = {
+        r: trainer(name, r, of_forms and r != REFERENCE) for r in programs
+    }
     times = {program: [] for program in programs}
-    states = {p: trainer(name, p).fresh_state(seed=0) for p in programs}
+    states = {p: trainers[p].fresh_state(seed=0) for p in programs}
     # Where a part is short, starting the program would count more than its
     # steps.
     steps = 500 if LENGTHS[name] == "short" else task_of(name).steps
@@ -201,7 +222,7 @@ def step_ratios(name):
     rates = np.full(steps, 1e-5, "float32")
     for turn in range(rounds + 1):
         for program in programs:
-            own = trainer(name, program)
+            own = trainers[program]
             order = own.next_steps(own.batches(seed=turn), steps)
             start = time.process_time()
             states[program] = jax.block_until_ready(
@@ -231,14 +252,25 @@ class Contest:
         rival: String.
         ratio: Float, the time of a step next to AdamW's.
         plan: `Plan`.
+        form_ratio: Float, that of its other form, `None` without one.
     """
 
     name: str
     rival: str
     ratio: float
     plan: Plan
+    form_ratio: float = None
 
-    def run(self, rate, seed, parts=None, momentum=None, decay=None, **changes):
+    def run(
+        self,
+        rate,
+        seed,
+        parts=None,
+        momentum=None,
+        decay=None,
+        is_form=False,
+        **changes,
+    ):
         """One training run of what is tuned."""
         rival = RIVALS[self.rival]
         settings = dict(rival.tuned)
@@ -246,21 +278,35 @@ class Contest:
             settings[rival.momentum] = momentum
         if decay is not None:
             settings["weight_decay"] = decay
-        return trainer(self.name, rival.program or self.rival).run(
+        return trainer(self.name, rival.program or self.rival, is_form).run(
             rate,
             seed,
             parts,
             **{"schedule": rival.schedule, **settings, **changes},
         )
 
-    def rates(self, parts=None):
-        """Losses over learning rates, and the best of them."""
+    def rates(self, parts=None, form_parts=None):
+        """Losses over learning rates, and the best of them.
+
+        Args:
+            parts: Integer, see `Trainer.run`.
+            form_parts: That of the other form, if there is one.
+        """
+        found = self.tuned(parts)
+        if self.form_ratio is not None:
+            found["form"] = self.tuned(form_parts, is_form=True)
+            found["is_form"] = lowest(found["form"]) < lowest(found)
+        return found
+
+    def tuned(self, parts, is_form=False):
+        """What `rates` returns, of one form."""
 
         def losses(rate, momentum=None, decay=None):
-            return [
-                short(self.run(rate, seed, parts, momentum, decay).lowest)
+            runs = [
+                self.run(rate, seed, parts, momentum, decay, is_form)
                 for seed in TUNING_SEEDS[: self.plan.tuning]
             ]
+            return [short(run.lowest) for run in runs]
 
         rival = RIVALS[self.rival]
         found = widened(
@@ -294,30 +340,42 @@ class Contest:
 
     def fresh(self, found, parts):
         return [
-            as_row(
-                self.run(
-                    found["learning_rate"],
-                    seed,
-                    parts,
-                    found["momentum"],
-                    found["decay"],
-                )
-            )
+            as_row(self.run_of(found, seed, parts))
             for seed in FRESH_SEEDS[: self.plan.seeds]
         ]
+
+    def run_of(self, found, seed, parts):
+        """One training run of what tuning chose."""
+        is_form = found.get("is_form", False)
+        if is_form:
+            found = found["form"]
+        return self.run(
+            found["learning_rate"],
+            seed,
+            parts,
+            found["momentum"],
+            found["decay"],
+            is_form,
+        )
 
     def time(self, found):
         """The same in AdamW's time."""
         whole = task_of(self.name).parts
-        parts = max(1, round(whole / self.ratio))
-        if abs(self.ratio - 1) <= SAME or parts == whole:
-            return {"parts": whole, "same": True}
+        ratio = self.ratio
+        parts = max(1, round(whole / ratio))
         tuned = {}
-        if self.ratio > RETUNED:
-            tuned = self.rates(parts)
-            found = tuned
+        if self.form_ratio is not None:
+            form_parts = max(1, round(whole / self.form_ratio))
+            found = tuned = self.rates(parts, form_parts)
+            if tuned["is_form"]:
+                ratio, parts = self.form_ratio, form_parts
+        elif abs(ratio - 1) <= SAME or parts == whole:
+            return {"parts": whole, "same": True}
+        elif ratio > RETUNED:
+            found = tuned = self.rates(parts)
         return {
             **tuned,
+            "ratio": ratio,
             "parts": parts,
             "same": False,
             "runs": self.fresh(found, parts),
@@ -329,12 +387,8 @@ class Contest:
             f"{share:g}": [
                 [
                     short(loss)
-                    for loss in self.run(
-                        found["learning_rate"],
-                        seed,
-                        max(1, round(share * found["parts"])),
-                        found["momentum"],
-                        found["decay"],
+                    for loss in self.run_of(
+                        found, seed, max(1, round(share * found["parts"]))
                     ).validation
                 ]
                 for seed in FRESH_SEEDS[: self.plan.sooner]
@@ -392,6 +446,11 @@ def widened(losses, plan):
         found[octave] = losses(octave)
         low, high = min(low, octave), max(high, octave)
     return found
+
+
+def lowest(tuned):
+    """The losses of what tuning chose."""
+    return min(sum(losses) for _, losses in tuned["decays"])
 
 
 def total(found, octave):

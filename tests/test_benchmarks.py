@@ -141,6 +141,12 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
             (one,) = runs_of(data, kind, rival)
             assert np.isfinite(one["validation"]).all(), (kind, rival)
         assert len(data["rows"][f"rates: {rival}"]["rates"]) == 2
+    ours = data["rows"]["time: AdaFisherMuon"]
+    assert len(ours["form"]["rates"]) == 2
+    forms = data["rows"]["step of forms"]["AdaFisherMuon"]["median"]
+    default = data["rows"]["step"]["AdaFisherMuon"]["median"]
+    assert ours["ratio"] == (forms if ours["is_form"] else default)
+    assert len(ours["runs"][0]["validation"]) == ours["parts"]
     for share in ("0.35", "0.5", "0.7"):
         (losses,) = data["rows"]["sooner: AdamW"][share]
         assert np.isfinite(losses).all()
@@ -151,9 +157,9 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
     page = (tmp_path / "quality.md").read_text()
     assert not re.search(r"\b(nan|inf)\b", page)
     # Scores at equal steps and time, and at four defaults; times to the
-    # target, rates, octaves, costs, factors; the first table; and that of what
-    # whitening adds, which the notes have.
-    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 13
+    # target, rates, octaves, other forms, costs, factors; the first table; and
+    # that of what whitening adds, which the notes have.
+    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 14
     for plot in ("sensitivity", "curves", "rates", "profiles"):
         path = tmp_path / "quality" / f"{plot}.svg"
         assert path.stat().st_size > 10_000

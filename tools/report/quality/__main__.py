@@ -86,6 +86,7 @@ def found(results, times):
         "octave_table": tables.octave_table(results),
         "chosen": tables.chosen_table(results),
         "cost": tables.cost_table(results),
+        "forms": tables.form_table(results),
         "ablation": tables.ablation_table(results),
         "ranks": tables.rank_table(results),
         "defaults": "\n\n".join(

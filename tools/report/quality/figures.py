@@ -14,7 +14,7 @@ import numpy as np
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import NEVER
 from tools.report.quality.results import rates_of
-from tools.report.quality.results import ratio_of
+from tools.report.quality.results import ratio_in_time
 from tools.report.quality.results import runs_of
 from tools.report.quality.results import TASKS
 
@@ -83,7 +83,7 @@ def plot_curves(results, path):
             # In parts of AdamW's time: what a part takes is only known in
             # seconds of a step.
             whole = len(mean_curve(runs_of(data, "time", "AdamW")))
-            part = ratio_of(data, rival) / whole
+            part = ratio_in_time(data, rival) / whole
             x = np.arange(1, len(curve) + 1) * part
             # Who is that slow has one evaluation, which is no line.
             marker = "o" if len(curve) == 1 else ""

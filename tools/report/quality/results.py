@@ -79,6 +79,17 @@ def ratio_of(data, rival):
     return data["rows"]["step"][PROGRAMS.get(rival, rival)]["median"]
 
 
+def form_ratio_of(data):
+    """That of AdaFisherMuon's other form."""
+    return data["rows"]["step of forms"]["AdaFisherMuon"]["median"]
+
+
+def ratio_in_time(data, rival):
+    """That of the form that `time` runs."""
+    row = data["rows"].get(f"time: {rival}", {})
+    return row.get("ratio", ratio_of(data, rival))
+
+
 def runs_of(data, kind, rival):
     """The runs of an optimizer, empty if there are none.
 
@@ -265,7 +276,7 @@ def times_to_target(data, only_longest=False):
             min(steps_to(target, curve) for curve in study)
             for study in zip(*(t[:seeds] for t in trials), strict=False)
         ]
-        return statistics.median_low(studies) * ratio_of(data, rival)
+        return statistics.median_low(studies) * ratio_in_time(data, rival)
 
     own = time_of("AdamW")
     return {

@@ -7,6 +7,7 @@ from tools.report.quality.results import ABLATION
 from tools.report.quality.results import BY_LOSS
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import divergences
+from tools.report.quality.results import form_ratio_of
 from tools.report.quality.results import geometric_means
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import marks
@@ -166,6 +167,9 @@ def chosen_table(results):
         if row is None:
             return ""
         others = []
+        if row.get("is_form"):
+            row = row["form"]
+            others.append("other form")
         if row["momentum"]:
             others.append(f"{row['momentum']:g}")
         if row["decay"]:
@@ -179,6 +183,27 @@ def chosen_table(results):
         for task, data in results.items()
     ]
     return table(["task", *rivals], rows)
+
+
+def form_table(results):
+    """What other forms cost, and where tuning takes them."""
+    rows = []
+    for task, data in results.items():
+        found = data["rows"]
+        row = found.get("rates: AdaFisherMuon", {})
+        if "form" not in row:
+            continue
+        ratios = (ratio_of(data, "AdaFisherMuon"), form_ratio_of(data))
+        taken = (row, found["time: AdaFisherMuon"])
+        rows.append(
+            [
+                TASKS[task],
+                *(f"{ratio:.2f}" for ratio in ratios),
+                *("yes" if row["is_form"] else "no" for row in taken),
+            ]
+        )
+    header = "default", "this form", "equal steps", "equal time"
+    return table(["task", *header], rows)
 
 
 def octave_table(results):
