@@ -270,7 +270,7 @@ MUTATIONS = [
     ),
     Mutation(
         MEASURING,
-        "return step // (self.gradient_accumulation_steps or 1)",
+        "return step // self.gradient_accumulation_steps",
         "return step",
         "test_optimizer",
     ),

@@ -57,7 +57,22 @@ def part(vector, start, size):
     if size == 1:
         # One number only, or equal ones, would become part of the kernel too.
         index = np.append(index, 0 if start else len(vector) - 1)
-    return vector.at[index].get(mode="promise_in_bounds")[:size]
+    found = _gather(vector, index)
+    return found[:1] if size == 1 else found
+
+
+def _gather(vector, index):
+    # What `vector[index]` comes down to. JAX' indexing takes some hundred
+    # lines to find that out, hundreds of times in a large model.
+    return jax.lax.gather(
+        vector,
+        index[:, None],
+        jax.lax.GatherDimensionNumbers(
+            offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+        ),
+        slice_sizes=(1,),
+        mode="promise_in_bounds",
+    )
 
 
 def precise_matmul(x, y):

@@ -62,7 +62,8 @@ class FactorStore:
         self.variables = [
             add_variable(
                 shape=(size,),
-                initializer="ones" if name == "factors" else "zeros",
+                # NumPy's. JAX compiles its own anew for each shape.
+                initializer=np.ones if name == "factors" else np.zeros,
                 dtype="float32",
                 # All replicas write the same value.
                 aggregation="only_first_replica",

@@ -143,7 +143,10 @@ class Measuring:
             )
 
     def _updates_before(self, step):
-        return step // (self.gradient_accumulation_steps or 1)
+        if not self.gradient_accumulation_steps:
+            # A division by 1 would be a kernel too on JAX.
+            return step
+        return step // self.gradient_accumulation_steps
 
     def _is_measuring(self, step):
         """Whether the factors are measured at a step, counted from 0."""
