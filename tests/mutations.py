@@ -122,7 +122,7 @@ MUTATIONS = [
     ),
     Mutation(
         RULE,
-        "return ops.minimum(ops.maximum(step, -learning_rate), learning_rate)",
+        "return ops.minimum(ops.maximum(step, -1.0), 1.0)",
         "return step",
         "test_torch_update",
     ),

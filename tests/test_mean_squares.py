@@ -26,8 +26,10 @@ def make(indices=(3,), decay=0.5, interval=2):
 
 
 def take_in(mean_squares, squares, update):
-    squares = {i: ops.convert_to_tensor(s, "float32") for i, s in squares}
-    mean_squares.variable.assign(mean_squares.averaged(squares, update))
+    indices, squares = zip(*squares, strict=True)
+    squares = ops.convert_to_tensor(squares, "float32")
+    average = mean_squares.averaged(squares, list(indices), update)
+    mean_squares.variable.assign(average)
 
 
 # PyTorch counts in Python's numbers, the others in tensors.

@@ -201,7 +201,8 @@ class TorchUpdateMixin:
         roots = [gradient.numel() ** 0.5 for gradient in gradients]
         # In single precision, whatever the gradients are in.
         means = torch._foreach_div(norms, roots)
-        return [mean.float() for mean in torch._foreach_mul(means, means)]
+        squares = torch._foreach_mul(means, means)
+        return torch.stack([square.float() for square in squares])
 
 
 def _norms_of_quotients(gradients, fishers, damping, cut):

@@ -4,13 +4,27 @@ None of it is public, but what comes before it, `apply`, has gradients that
 aren't clipped yet, and what comes after, `update_step`, one of them.
 """
 
+import math
+
+import keras
+import numpy as np
 from keras import backend as _keras_backend
 from keras import ops
 
 from keras_adafisher import backend
+from keras_adafisher.factors.segments import Segments
+
+# On JAX, parameters of up to so many entries are measured together.
+_JOINED_SIZE = 1024
 
 
-class _MeanSquares:
+class UpdateMixin:
+    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`, on JAX."""
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._prepare_updates(grads, trainable_variables)
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
     def _mean_squares_of_quotients(self, gradients, fishers):
         """Means of the squared entries of `gradient / (fisher + damping)`.
 
@@ -19,27 +33,54 @@ class _MeanSquares:
             fishers: List of the `FisherDiagonal`s of their parameters.
 
         Returns:
-            List of float32 scalars.
+            Float32 vector.
         """
-        quotients = [
-            ops.divide(ops.convert_to_tensor(gradient), fisher() + self.damping)
-            for gradient, fisher in zip(gradients, fishers, strict=True)
+        # With few kernels, which are most of what compiling takes. One by one,
+        # biases, scales and the like take about three for each size there is.
+        sizes = np.array([math.prod(g.shape) for g in gradients])
+        is_joined = sizes <= _JOINED_SIZE
+        if keras.distribution.distribution() is not None:
+            # Pieces of what is split over devices don't fit together.
+            is_joined[:] = False
+        joined, apart = np.flatnonzero(is_joined), np.flatnonzero(~is_joined)
+        found = []
+        if len(joined):
+            shapes = [gradients[place].shape for place in joined]
+            squares = self._squares_of_quotients(
+                _join([gradients[place] for place in joined], shapes),
+                _join([fishers[place]() for place in joined], shapes),
+            )
+            found.append(Segments(sizes[joined]).mean(squares))
+        if len(apart):
+            # A library computes sums. All are divided in one kernel.
+            sums = [
+                ops.sum(
+                    self._squares_of_quotients(
+                        gradients[place], fishers[place]()
+                    )
+                )
+                for place in apart
+            ]
+            found.append(ops.stack(sums) / sizes[apart].astype("float32"))
+        order = np.argsort(np.concatenate([joined, apart]))
+        return backend.take(ops.concatenate(found), order)
+
+    def _squares_of_quotients(self, gradient, diagonal):
+        quotient = ops.divide(gradient, diagonal + self.damping)
+        return ops.square(ops.cast(quotient, "float32"))
+
+
+def _join(tensors, shapes):
+    """The entries of tensors that broadcast to some shapes, in one vector."""
+    return ops.concatenate(
+        [
+            ops.reshape(ops.broadcast_to(tensor, shape), (-1,))
+            for tensor, shape in zip(tensors, shapes, strict=True)
         ]
-        return [
-            backend.mean_square(q, tuple(range(len(q.shape))))
-            for q in quotients
-        ]
+    )
 
 
-class UpdateMixin(_MeanSquares):
-    """What `AdaFisher` overrides of `keras.optimizers.Optimizer`."""
-
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        self._prepare_updates(grads, trainable_variables)
-        super()._backend_update_step(grads, trainable_variables, learning_rate)
-
-
-class TensorFlowUpdateMixin(_MeanSquares):
+class TensorFlowUpdateMixin:
     """The same in replicas, whose gradients become one only later."""
 
     def _distributed_tf_update_step(
@@ -51,6 +92,18 @@ class TensorFlowUpdateMixin(_MeanSquares):
         self._prepare_updates(grads, variables)
         super()._distributed_tf_update_step(
             distribution, grads_and_vars, learning_rate
+        )
+
+    def _mean_squares_of_quotients(self, gradients, fishers):
+        quotients = [
+            ops.divide(ops.convert_to_tensor(gradient), fisher() + self.damping)
+            for gradient, fisher in zip(gradients, fishers, strict=True)
+        ]
+        return backend.stack(
+            [
+                backend.mean_square(q, tuple(range(len(q.shape))))
+                for q in quotients
+            ]
         )
 
 

@@ -12,6 +12,7 @@ over all gradients. A gradient that has grown since then moves no entry by more
 than the learning rate. The combination is ours.
 """
 
+import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
@@ -59,7 +60,10 @@ class UpdateRMS:
         self.places = {index: place for place, index in enumerate(indices)}
         self._settings = settings
         self.variable = add_variable(
-            shape=(len(indices),), initializer="zeros", name="mean_squares"
+            # NumPy's. JAX compiles its own anew for each shape.
+            shape=(len(indices),),
+            initializer=np.zeros,
+            name="mean_squares",
         )
 
     @property
@@ -70,12 +74,13 @@ class UpdateRMS:
     def _interval(self):
         return self._settings.factor_update_steps
 
-    def averaged(self, squares, update):
+    def averaged(self, squares, indices, update):
         """The running averages, a measurement included.
 
         Args:
-            squares: Dict from a parameter's number to its mean square, for
-                those that have a gradient.
+            squares: Vector of the mean squares of those parameters that have a
+                gradient.
+            indices: List of these parameters' numbers.
             update: See `are_measured`.
 
         Returns:
@@ -84,12 +89,13 @@ class UpdateRMS:
             shouldn't spoil them.
         """
         old = ops.convert_to_tensor(self.variable)
-        new = backend.stack(
-            [
-                squares[index] if index in squares else old[place]
-                for index, place in self.places.items()
-            ]
-        )
+        new = squares
+        if indices != list(self.places):
+            # What has no gradient isn't finite either.
+            new = ops.concatenate([new, ops.full((1,), np.nan, "float32")])
+            numbers = {index: n for n, index in enumerate(indices)}
+            order = [numbers.get(i, len(indices)) for i in self.places]
+            new = backend.take(new, backend.constant(order, "int32"))
         weight = _where(
             update < self._interval,
             1 - self._decay,
@@ -113,7 +119,8 @@ class UpdateRMS:
         updates = _where(
             update < self._interval,
             update + 1,
-            (update // self._interval + 1) * self._interval,
+            # With the remainder that says whether there is one.
+            update - update % self._interval + self._interval,
         )
         weight = 1 - self._decay ** update_rule.past_the_largest(updates)
         root = ops.sqrt(ops.convert_to_tensor(self.variable))

@@ -61,8 +61,8 @@ def quotient(m, rate, denominator):
     Args:
         m: Tensor, the momentum.
         rate: Scalar tensor, at least in single precision: half precision has no
-            room for the learning rate's quotient. The learning rate times all
-            that corrects and scales the step.
+            room for the learning rate's quotient. All that corrects and scales
+            the step, times the learning rate if nothing bounds it.
         denominator: Tensor that broadcasts to `m`.
 
     Returns:
@@ -71,18 +71,21 @@ def quotient(m, rate, denominator):
     return ops.divide(ops.multiply(m, rate), denominator)
 
 
-def bounded(step, learning_rate):
-    """Bound each entry of a step by the learning rate.
+def bounded(step):
+    """Bound each entry of a step by 1, before the learning rate multiplies it.
+
+    Were the learning rate the bound, it would enter the step in three places.
+    JAX' compiler then lists what the step reads in one order for some
+    parameters, in another for others, and compiles a kernel for each.
 
     Args:
         step: Tensor.
-        learning_rate: Scalar tensor.
 
     Returns:
         A tensor like `step`. Ours; the bound is Sophia's (arXiv 2305.14342,
         Section 2.2).
     """
-    return ops.minimum(ops.maximum(step, -learning_rate), learning_rate)
+    return ops.minimum(ops.maximum(step, -1.0), 1.0)
 
 
 def past_the_largest(step):

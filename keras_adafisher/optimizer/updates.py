@@ -297,8 +297,7 @@ class Updates:
                 list(gradients.values()),
                 [self._fishers[index] for index in gradients],
             )
-            squares = dict(zip(gradients, found, strict=True))
-            return [self._mean_squares.averaged(squares, update)]
+            return [self._mean_squares.averaged(found, list(gradients), update)]
 
         if gradients and self._mean_squares is not None:
             self._assign_if(
@@ -368,11 +367,14 @@ class Updates:
             if direction is None:
                 return
             step = lr * ops.cast(direction, dtype)
+        elif is_factored and self._mean_squares is not None:
+            step = update_rule.quotient(
+                m, self._rate(index, dtype), self._fisher(index)
+            )
+            step = lr * update_rule.bounded(step)
         elif is_factored:
-            rate = self._rate(index, lr, dtype)
+            rate = lr * self._rate(index, dtype)
             step = update_rule.quotient(m, rate, self._fisher(index))
-            if self._mean_squares is not None:
-                step = update_rule.bounded(step, lr)
         else:
             # AdamW's rule, with Keras' placement of epsilon.
             v = self._velocities[index]
@@ -382,7 +384,7 @@ class Updates:
             self.assign(v, velocity)
             step = update_rule.quotient(
                 m,
-                self._rate(index, lr, dtype),
+                lr * self._rate(index, dtype),
                 ops.sqrt(velocity) + self.adam_epsilon,
             )
         self.assign_sub(variable, ops.cast(step, variable.dtype))
@@ -402,14 +404,13 @@ class Updates:
     def _momentum_of_step(self, index, gradient):
         return self._next_momentum(index, gradient)[1]
 
-    def _rate(self, index, learning_rate, dtype):
+    def _rate(self, index, dtype):
         """What a parameter's quotients are multiplied by, a scalar.
 
-        The learning rate, corrected for averages that start at zero and, with
-        `rms_decay`, divided by the root mean square of the quotients.
+        But for the learning rate. It corrects for averages that start at zero
+        and, with `rms_decay`, divides by the root mean square of the quotients.
         """
-        # The same for many variables: made once in each `apply`. But not the
-        # learning rate, which a subclass may change from one to the next.
+        # The same for many variables: made once in each `apply`.
         made = {} if self._update is None else self._update.rates
         is_factored = bool(self._fishers[index])
         key = is_factored, dtype
@@ -432,7 +433,7 @@ class Updates:
         rate = made[key]
         if is_factored and self._mean_squares is not None:
             rate = self._mean_squares.of(rate, index)
-        return learning_rate * rate
+        return rate
 
     def _fisher(self, index):
         return self._fishers[index]() + self.damping
