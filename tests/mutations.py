@@ -250,8 +250,8 @@ MUTATIONS = [
     ),
     Mutation(
         MEASURING,
-        "return measures | (makes_roots & orthogonal.moves_at(update))",
-        "return measures",
+        "and orthogonal.moves_at(update) is True",
+        "and False",
         "test_adafisher_muon",
         "jax",
     ),

@@ -149,8 +149,11 @@ def test_all_else_moves_at_each_update():
     assert moved == [rest, rest, move] * 2
 
 
-def test_a_kept_root_is_made_of_what_was_measured_since_it_was():
-    """Measured at updates 0 to 4 and 5, 10, 15; kernels move at 1, 3, 5, ..."""
+def test_when_kept_roots_are_made_anew():
+    """At the first five updates, and after the measurements at 5, 10, 15.
+
+    If kernels move then: at the updates 1, 3, 5 and so on.
+    """
     model = linear(
         6, 4, factor_update_steps=5, kernel_update_steps=2, keep_roots=True
     )
@@ -378,6 +381,11 @@ SETTINGS = {
         "gradient_accumulation_steps": 2,
     },
     "kept": {"keep_roots": True, "factor_update_steps": 3},
+    "kept, not scaled": {
+        "keep_roots": True,
+        "factor_update_steps": 3,
+        "rms_decay": None,
+    },
     "accumulation": {"gradient_accumulation_steps": 2, "keep_roots": True},
     "clipping": {"global_clipnorm": 0.1},
     "average": {"use_ema": True, "ema_momentum": 0.5},
@@ -535,6 +543,20 @@ def test_its_state_is_no_larger_than_adams():
     assert sizes["adafishermuon"] <= sizes["adam"]
 
 
+def test_kernels_without_gradients_in_some_updates():
+    """Of two heads that are trained in turn, one would never move."""
+    keras.utils.set_random_seed(0)
+    model = mlp()
+    optimizer = AdaFisherMuon(kernel_update_steps=2)
+    keras_adafisher.wrap(model)
+    optimizer.build(model.trainable_variables)
+    gradients = [ops.ones(v.shape) for v in model.trainable_variables]
+    gradients[0] = None
+    first = model.layers[0].kernel
+    with pytest.warns(UserWarning, match=f"{first.path} had no gradient"):
+        optimizer.apply(gradients, model.trainable_variables)
+
+
 def test_a_kernel_without_a_gradient_stays():
     inputs = keras.Input((6,))
     used, unused = keras.layers.Dense(3), keras.layers.Dense(3)
@@ -593,7 +615,7 @@ def test_half_precision(dtype):
     assert all(np.all(np.isfinite(w.astype("float32"))) for w in weights(model))
 
 
-@pytest.mark.parametrize("name", ["kept", "resting, kept"])
+@pytest.mark.parametrize("name", ["kept", "kept, not scaled", "resting, kept"])
 @pytest.mark.parametrize("scope", ["layer", "step"])
 def test_one_decision_for_a_step_or_for_each_layer(scope, name):
     def run(scope):
@@ -608,6 +630,23 @@ def test_one_decision_for_a_step_or_for_each_layer(scope, name):
         return weights(model)
 
     assert_close(run(scope), run("layer"), tolerance=2e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_how_many_steps_measure_something(interval):
+    """Roots of kernels that rest at some updates add none."""
+    model = mlp()
+    optimizer = AdaFisherMuon(
+        factor_update_steps=5, kernel_update_steps=interval, keep_roots=True
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    optimizer.build(model.trainable_variables)
+    measuring = []
+    for update in range(20):
+        optimizer.iterations.assign(update)
+        if optimizer.measures_anything():
+            measuring.append(update)
+    assert measuring == [0, 1, 2, 3, 4, 5, 10, 15]
 
 
 def test_layers_of_all_kinds():

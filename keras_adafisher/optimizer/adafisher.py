@@ -22,6 +22,7 @@ from keras_adafisher.aliases import Normalization
 from keras_adafisher.optimizer import arguments
 from keras_adafisher.optimizer.inspection import Inspection
 from keras_adafisher.optimizer.measuring import Measuring
+from keras_adafisher.optimizer.orthogonalizing import Orthogonalizing
 from keras_adafisher.optimizer.state import AtomicState
 from keras_adafisher.optimizer.update_mixin import BackendUpdateMixin
 from keras_adafisher.optimizer.updates import Updates
@@ -30,6 +31,7 @@ from keras_adafisher.optimizer.updates import Updates
 @keras.saving.register_keras_serializable(package="keras_adafisher")
 class AdaFisher(
     Updates,
+    Orthogonalizing,
     Measuring,
     Inspection,
     AtomicState,
@@ -231,10 +233,12 @@ class AdaFisher(
             gradient_accumulation_steps=gradient_accumulation_steps,
             **kwargs,
         )
-        # Whether it has warned that nothing is measured, and a reference to
-        # the scale of the loss.
+        # Whether it has warned that nothing is measured, that most of it is
+        # dropped, and that kernels have no gradient.
         self._has_warned = False
         self._has_warned_of_dropped = False
+        self._has_warned_of_missing = False
+        # A reference to the scale of the loss.
         self._loss_scale = lambda: None
         self.beta = beta
         self.damping = damping

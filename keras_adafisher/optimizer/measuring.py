@@ -40,15 +40,17 @@ class Measuring:
         """
         step = backend.step_number(self._iterations)
         update = self._updates_before(step)
-        if self._mean_squares is None:
-            measures = self._is_measuring(step)
-        else:
-            measures = self._measures_steps(update)
         orthogonal = self._orthogonal
-        if measures is True or orthogonal is None or not orthogonal.roots:
-            return measures
-        makes_roots = orthogonal.makes_roots_at(update)
-        return measures | (makes_roots & orthogonal.moves_at(update))
+        # Where kernels rest at some updates, roots have a condition of their
+        # own, inside of that for the kernels.
+        makes_roots = (
+            orthogonal is not None
+            and orthogonal.roots
+            and orthogonal.moves_at(update) is True
+        )
+        if self._mean_squares is None and not makes_roots:
+            return self._is_measuring(step)
+        return self._measures_steps(update)
 
     def leave(self, probes: Iterable[Probe]) -> None:
         """Ask some probes for nothing more: another optimizer has come.
@@ -269,29 +271,46 @@ class Measuring:
 
     def _values_if(self, condition, variables, new_values):
         """What a function returns, or the values that variables have."""
-
-        def laid_out(values):
-            return list(map(backend.constrain_layout, values, variables))
-
-        def present():
-            return laid_out(map(ops.convert_to_tensor, variables))
-
         if self._is_never(condition):
-            return present()
-        if steps.mode() == "measure" or condition is True:
-            # If there is a condition, it is around the whole step already.
-            values = laid_out(new_values())
-            if condition is not True:
-                values = [
-                    ops.where(condition, value, old)
-                    for value, old in zip(values, present(), strict=True)
-                ]
-            return laid_out(values)
-        return laid_out(
-            backend.cond(condition, lambda: laid_out(new_values()), present)
-        )
+            return _present_values(variables)
+        if steps.mode() == "measure" and condition is not True:
+            # There is a condition already, around the whole step.
+            pairs = zip(new_values(), _present_values(variables), strict=True)
+            values = [ops.where(condition, new, old) for new, old in pairs]
+            return _laid_out(values, variables)
+        return values_in_branch(condition, variables, new_values)
 
     @staticmethod
     def _is_never(condition):
-        """Whether it is known before the step runs that nothing is measured."""
+        """Whether a condition of measuring doesn't hold, whatever the step."""
         return condition is False or steps.mode() == "plain"
+
+
+def values_in_branch(condition, variables, new_values):
+    """What a function returns, or the values that variables have.
+
+    Args:
+        condition: Bool or boolean tensor. It has a branch of its own, also
+            where there is a condition around the whole step.
+        variables: List of variables.
+        new_values: Function without arguments that returns as many tensors.
+
+    Returns:
+        List of tensors, laid out as the variables are.
+    """
+
+    def new():
+        return _laid_out(new_values(), variables)
+
+    if condition is True:
+        return new()
+    values = backend.cond(condition, new, lambda: _present_values(variables))
+    return _laid_out(values, variables)
+
+
+def _present_values(variables):
+    return _laid_out(map(ops.convert_to_tensor, variables), variables)
+
+
+def _laid_out(values, variables):
+    return list(map(backend.constrain_layout, values, variables))

@@ -259,7 +259,8 @@ class OrthogonalSteps:
     def makes_roots_at(self, update):
         """Whether roots are made anew at an update at which kernels move.
 
-        They are if the factors have been measured since kernels moved last.
+        They are at all of the first `factor_update_steps` updates, and then if
+        the factors have been measured since kernels moved last.
 
         Args:
             update: See `moves_at`.
@@ -299,6 +300,8 @@ class OrthogonalSteps:
             the order of `momentums`, and the list of the values of `roots`.
         """
         count = self._settings.ns_steps
+        # As far as if kernels had moved at each update.
+        interval = self._settings.kernel_update_steps
         scales = self._scales()
 
         def whitened(key):
@@ -333,8 +336,6 @@ class OrthogonalSteps:
             else:
                 steps = fresh_steps(whitened(key), count)
             for batch, step in zip(batches, steps, strict=True):
-                # As far as if it had moved at each update.
-                interval = self._settings.kernel_update_steps
                 found.update(batch.directions(step, interval))
         return {index: found[index] for index in momentums}, [
             roots.get(key, ops.convert_to_tensor(variable))
@@ -388,10 +389,11 @@ def positions_of(block, layer):
         layer: The layer.
 
     Returns:
-        Int: 1 where it isn't known.
+        Int. For a recurrent cell, which runs once for each step of a sequence
+        whose length it doesn't know, `USUAL_LENGTH`. 1 for other layers of
+        which it isn't known.
     """
     if block.is_estimated:
-        # A recurrent cell: once for each step of a sequence.
         return USUAL_LENGTH
     has_shape = type(layer).compute_output_shape is not (
         keras.layers.Layer.compute_output_shape

@@ -317,38 +317,6 @@ class Updates:
                 update,
             )
 
-    def _find_directions(self, momentums, update):
-        """Orthogonalize momentums, and make roots anew if it is time.
-
-        Args:
-            momentums: See `OrthogonalSteps.directions`.
-            update: The number of this update.
-
-        Returns:
-            `_Update.directions`.
-        """
-        orthogonal = self._orthogonal
-        moves = orthogonal.moves_at(update)
-        if moves is False:
-            return dict.fromkeys(momentums)
-        makes_roots = orthogonal.makes_roots_at(update)
-
-        def moving():
-            return orthogonal.directions(
-                momentums, functools.partial(self._values_if, makes_roots)
-            )
-
-        if moves is True:
-            directions, roots = moving()
-        else:
-            directions, roots = backend.cond(
-                moves, moving, lambda: orthogonal.resting(momentums)
-            )
-        if not self._is_never(makes_roots):
-            for variable, root in zip(orthogonal.roots, roots, strict=True):
-                self.assign(variable, root)
-        return directions
-
     def update_step(
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
     ) -> None:
@@ -448,18 +416,6 @@ class Updates:
     def _has_own_update_step(self):
         """Whether a subclass has another rule than this class."""
         return type(self).update_step is not Updates.update_step
-
-    def _make_orthogonal_steps(self, variables, add_variable):
-        """Make what orthogonalizes steps, for subclasses that do.
-
-        Args:
-            variables: List of all variables.
-            add_variable: `Optimizer.add_variable`, for statistics.
-
-        Returns:
-            `OrthogonalSteps` or, as here, `None`.
-        """
-        return None
 
 
 def _list_of_variables(variables):

@@ -1,0 +1,81 @@
+"""The steps of kernels that are orthogonalized, in an update."""
+
+import functools
+import warnings
+
+from keras_adafisher import backend
+from keras_adafisher.optimizer.measuring import values_in_branch
+
+
+class Orthogonalizing:
+    """The part of `AdaFisher` that finds orthogonalized steps.
+
+    For `AdaFisherMuon`. `AdaFisher` has none, and asks for nothing here.
+    """
+
+    def _make_orthogonal_steps(self, variables, add_variable):
+        """Make what orthogonalizes steps, for subclasses that do.
+
+        Args:
+            variables: List of all variables.
+            add_variable: `Optimizer.add_variable`, for statistics.
+
+        Returns:
+            `OrthogonalSteps` or, as here, `None`.
+        """
+        return None
+
+    def _find_directions(self, momentums, update):
+        """Orthogonalize momentums, and make roots anew if it is time.
+
+        Args:
+            momentums: See `OrthogonalSteps.directions`.
+            update: The number of this update.
+
+        Returns:
+            `_Update.directions`.
+        """
+        orthogonal = self._orthogonal
+        moves = orthogonal.moves_at(update)
+        if moves is not True:
+            self._warn_of_missing_momentums(momentums)
+        if moves is False:
+            return dict.fromkeys(momentums)
+        makes_roots = orthogonal.makes_roots_at(update)
+        if moves is True:
+            # Roots are made anew at the steps that measure.
+            directions, roots = orthogonal.directions(
+                momentums, functools.partial(self._values_if, makes_roots)
+            )
+            if self._is_never(makes_roots):
+                return directions
+        else:
+            directions, roots = backend.cond(
+                moves,
+                lambda: orthogonal.directions(
+                    momentums, functools.partial(values_in_branch, makes_roots)
+                ),
+                lambda: orthogonal.resting(momentums),
+            )
+        for variable, root in zip(orthogonal.roots, roots, strict=True):
+            self.assign(variable, root)
+        return directions
+
+    def _warn_of_missing_momentums(self, momentums):
+        """Warn once of kernels that move less often than they should."""
+        missing = [
+            kernel.variable.path
+            for index, kernel in self._orthogonal.kernels.items()
+            if index not in momentums
+        ]
+        if not missing or self._has_warned_of_missing:
+            return
+        self._has_warned_of_missing = True
+        warnings.warn(
+            f"{', '.join(missing)} had no gradient in an update. With "
+            f"`kernel_update_steps={self.kernel_update_steps}`, kernels move "
+            "at one update in so many, and one that has no gradient in it "
+            "stays. If these have gradients in other updates, as heads that "
+            "are trained in turn, use `kernel_update_steps=1`.",
+            stacklevel=2,
+        )
