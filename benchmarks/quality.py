@@ -13,8 +13,7 @@ For each task and optimizer of `RIVALS`:
 - time: the same in as much time as AdamW takes. Who takes longer for a step has
   fewer of them, and a cosine that is as much shorter. It is the same runs where
   steps take as long, to 3 % or to less than the distance of evaluations. Where
-  they take more than 1.25 times as long, the rate is tuned for it, and so it
-  is where there is another form.
+  they take more than 1.25 times as long, the rate is tuned for it.
 - sooner: schedules that end before that time is over. Who wants a given loss
   as soon as possible doesn't wait for a long schedule.
 - defaults: the optimizer as it is without arguments and at three times its
@@ -361,18 +360,19 @@ class Contest:
     def time(self, found):
         """The same in AdamW's time."""
         whole = task_of(self.name).parts
-        ratio = self.ratio
-        parts = max(1, round(whole / ratio))
+
+        def parts_of(ratio):
+            return ratio and max(1, round(whole / ratio))
+
         tuned = {}
-        if self.form_ratio is not None:
-            form_parts = max(1, round(whole / self.form_ratio))
-            found = tuned = self.rates(parts, form_parts)
-            if tuned["is_form"]:
-                ratio, parts = self.form_ratio, form_parts
-        elif abs(ratio - 1) <= SAME or parts == whole:
+        if self.ratio > RETUNED:
+            found = tuned = self.rates(
+                parts_of(self.ratio), parts_of(self.form_ratio)
+            )
+        ratio = self.form_ratio if found.get("is_form") else self.ratio
+        parts = parts_of(ratio)
+        if abs(ratio - 1) <= SAME or parts == whole:
             return {"parts": whole, "same": True}
-        elif ratio > RETUNED:
-            found = tuned = self.rates(parts)
         return {
             **tuned,
             "ratio": ratio,

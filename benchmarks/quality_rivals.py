@@ -32,8 +32,8 @@ class Rival:
         program: The rival that is the same program but for such values.
         effort: "much", "some" or "little".
         schedule: "cosine" or "constant".
-        forms: Dict from a task to arguments of `make`. With them, a step takes
-            less than with the defaults, or ends lower there. Tuning tries both.
+        forms: Dict from a task to arguments of `make` that make a step take
+            less, or the run end lower. Tuning tries both.
     """
 
     make: object
@@ -57,8 +57,8 @@ class Rival:
 # As ours have it by default. Nadam and Muon have next to none, and AdamW 0.004.
 # Both are tried: AdaFisherMuon's default for kernels is 0.2.
 DECAY, OTHER_DECAY = {"weight_decay": 0.1}, {"weight_decay": 0.2}
-# Where fresh roots end lowest, and take longer than all else in a step. That
-# they end lowest there was found on other seeds: docs/quality_diary.md.
+# Where fresh roots end lowest and take longest next to all else in a step. All
+# but "raw" was tried before, on other seeds: docs/quality_diary.md.
 FORMS = {
     task: {"keep_roots": False, "kernel_update_steps": 4}
     for task in ("large", "raw", "diabetes", "cancer", "digits")

@@ -188,15 +188,20 @@ def verdict(values):
     """Who is best of a row, each family once.
 
     Returns:
-        "ours", "theirs" or "tie", and the best of ours and of the others.
+        "ours" if the best of ours is better than each of the others, "theirs"
+        likewise, or "tie"; and the best of ours and of the others.
     """
     ours, theirs = best_of(values, OURS), best_of(values, OTHERS)
     if ours is None or theirs is None:
         return "tie", ours, theirs
-    if is_better(values[ours], values[theirs]):
-        return "ours", ours, theirs
-    if is_better(values[theirs], values[ours]):
-        return "theirs", ours, theirs
+    for name, best, losers in (
+        ("ours", ours, OTHERS),
+        ("theirs", theirs, OURS),
+    ):
+        if all(
+            is_better(values[best], values[r]) for r in losers if r in values
+        ):
+            return name, ours, theirs
     return "tie", ours, theirs
 
 

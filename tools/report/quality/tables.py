@@ -194,7 +194,8 @@ def form_table(results):
         if "form" not in row:
             continue
         ratios = (ratio_of(data, "AdaFisherMuon"), form_ratio_of(data))
-        taken = (row, found["time: AdaFisherMuon"])
+        # Who isn't tuned for it goes on with what equal steps chose.
+        taken = (row, {**row, **found["time: AdaFisherMuon"]})
         rows.append(
             [
                 TASKS[task],
