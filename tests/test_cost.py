@@ -338,6 +338,41 @@ def test_a_step_is_traced_once(monkeypatch):
 
 
 @pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="PyTorch keeps views of the factors, JAX compiles what reads them",
+)
+def test_an_update_reads_the_factors_once():
+    import tensorflow as tf
+
+    def reads(depth):
+        layers = [keras.layers.Dense(8) for _ in range(depth)]
+        model = keras.Sequential([keras.Input((8,)), *layers])
+        optimizer = keras_adafisher.AdaFisher()
+        keras_adafisher.wrap(model)
+        variables = model.trainable_variables
+        optimizer.build(variables)
+        (factors,) = (v for v in optimizer.variables if "factors" in v.path)
+        gradients = [tf.ones(v.shape) for v in variables]
+
+        @tf.function
+        def update():
+            optimizer.apply(gradients, variables)
+
+        graph = update.get_concrete_function().graph
+        (handle,) = (
+            inside
+            for outside, inside in graph.captures
+            if outside is factors.value.handle
+        )
+        return sum(
+            operation.type == "ReadVariableOp" and operation.inputs[0] is handle
+            for operation in graph.get_operations()
+        )
+
+    assert reads(3) == reads(9)
+
+
+@pytest.mark.skipif(
     BACKEND != "jax",
     reason="TensorFlow and PyTorch compile nothing outside of a step",
 )

@@ -20,6 +20,7 @@ __all__ = [
     "constrain_layout",
     "count_ids",
     "creation_scope",
+    "entries",
     "entry",
     "evaluator",
     "has_accelerator",
@@ -29,6 +30,7 @@ __all__ = [
     "part",
     "pointwise_conv",
     "precise_matmul",
+    "read_parts",
     "replicated_layout",
     "reshape",
     "stack",
@@ -218,6 +220,24 @@ def part(vector, start, size):
 def entry(vector, index):
     """One entry of a vector, a scalar."""
     return vector[index]
+
+
+def entries(vector):
+    """What `entry` reads the entries of a vector from, if all are read."""
+    return vector
+
+
+def read_parts(variable, sizes):
+    """The value of a variable, read once and cut, if that takes less.
+
+    Args:
+        variable: `keras.Variable` of one axis.
+        sizes: List of ints, the sizes of its parts.
+
+    Returns:
+        List of tensors. `None` if reading each part by itself takes less.
+    """
+    return None
 
 
 def take(x, indices):

@@ -10,10 +10,12 @@ from keras_adafisher.backend import common
 __all__ = [
     "check_same_strategy",
     "creation_scope",
+    "entries",
     "has_accelerator",
     "is_traced",
     "mean_square",
     "pointwise_conv",
+    "read_parts",
     "step_number",
 ]
 
@@ -30,6 +32,19 @@ def step_number(iterations):
     # `ops.convert_to_tensor` returns a variable as it is here, and it would be
     # read where the number is used, after the counter has moved on.
     return tf.convert_to_tensor(iterations.value)
+
+
+# Without XLA, operations run one by one: one that cuts a vector into all of its
+# parts takes less than one for each.
+def entries(vector):
+    return tf.unstack(vector)
+
+
+def read_parts(variable, sizes):
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        # Each replica reads its own copy.
+        return None
+    return tf.split(tf.convert_to_tensor(variable.value), sizes)
 
 
 def in_replica():

@@ -21,6 +21,8 @@ class BlockFactors:
         key: What is equal for the blocks of one weight.
         is_estimated: Bool. Whether the last measurement was an estimate from
             the weight's gradient.
+        held: Dict from a factor's name to its entries, while the vector isn't
+            to be read for each: see `FactorStore.hold`.
     """
 
     def __init__(self, probe, vector, places):
@@ -30,6 +32,7 @@ class BlockFactors:
         self.places = places
         self.key = id(self.block.parameters[0])
         self.is_estimated = self.block.is_estimated
+        self.held = {}
         self._views = {}
 
     def factor(self, name):
@@ -37,6 +40,8 @@ class BlockFactors:
         if name not in self.places:
             return None
         start, shape = self.places[name]
+        if name in self.held:
+            return backend.reshape(self.held[name], shape)
         return backend.view(
             self.vector,
             lambda vector: _part(vector, start, shape, self.vector),

@@ -47,6 +47,10 @@ class FactorStore:
         self.block_factors = []
         # The keys of those that the update's steps so far have measured.
         self._measured = set()
+        # How many entries each factor has, in the vector's order. Its key is
+        # the number of its block and its name.
+        self._sizes = {}
+        self._is_held = False
         self._normalization = NORMALIZATIONS[normalization]
         self.variables = []
         self.vector = None
@@ -77,6 +81,26 @@ class FactorStore:
             BlockFactors(probe, self.vector, places_of_block)
             for probe, places_of_block in zip(probes, places, strict=True)
         ]
+
+    def hold(self):
+        """Read the vector for all factors that are asked for until `release`.
+
+        Where a backend would take longer to read each by itself.
+        """
+        if not self._sizes:
+            return
+        parts = backend.read_parts(self.vector, list(self._sizes.values()))
+        if parts is not None:
+            self._is_held = True
+            for (number, name), part in zip(self._sizes, parts, strict=True):
+                self.block_factors[number].held[name] = part
+
+    def release(self):
+        """Read the vector anew for each factor."""
+        if self._is_held:
+            self._is_held = False
+            for factors in self.block_factors:
+                factors.held.clear()
 
     def _find_uses(self, blocks):
         """Find the blocks that have a weight in common."""
@@ -109,7 +133,8 @@ class FactorStore:
                 start = self._size
                 for name in names:
                     places[number][name] = self._size, shapes[name]
-                    self._size += math.prod(shapes[name])
+                    self._sizes[number, name] = math.prod(shapes[name])
+                    self._size += self._sizes[number, name]
                 segments.append((number, names))
                 lengths.append(self._size - start)
         self._segments = Segments(lengths)

@@ -127,7 +127,12 @@ class UpdateRMS:
         return (root + epsilon) / weight**0.5
 
     def of(self, vector, index):
-        """The entry of one parameter in a vector like `variable`."""
+        """The entry of one parameter in a vector like `variable`.
+
+        Args:
+            vector: The vector, or what `backend.entries` makes of it.
+            index: The parameter's number.
+        """
         return backend.entry(vector, self.places[index])
 
 

@@ -218,6 +218,7 @@ class Updates:
         finally:
             # No tensor of a trace that failed stays here.
             self._update = None
+            self._store.release()
 
     def stateless_apply(
         self,
@@ -285,6 +286,7 @@ class Updates:
                 self._update.is_measuring, store.variables[:2], estimated
             )
 
+        store.hold()
         update = self._update.number
         orthogonalized = {}
         if self._orthogonal is not None:
@@ -397,6 +399,7 @@ class Updates:
                     self.iterations, self.adam_epsilon
                 )
                 rate = rate / ops.cast(roots, dtype)
+                rate = backend.entries(rate)
             made[key] = rate
         rate = made[key]
         if is_factored and self._mean_squares is not None:
