@@ -104,8 +104,8 @@ MUTATIONS = [
     ),
     Mutation(
         SQUARES,
-        "return (update < interval) | (update % interval == 0)",
-        "return update % interval == 0",
+        "return (update < interval) | (update % interval < within)",
+        "return update % interval < within",
         "test_optimizer",
     ),
     Mutation(
@@ -244,8 +244,8 @@ MUTATIONS = [
     ),
     Mutation(
         ORTHOGONAL,
-        "(update < interval) | (update % interval < since)",
-        "(update < interval) | (update % interval == 0)",
+        "within=self._settings.kernel_update_steps",
+        "within=1",
         "test_adafisher_muon",
     ),
     Mutation(

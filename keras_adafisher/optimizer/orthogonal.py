@@ -23,6 +23,7 @@ from keras_adafisher.optimizer.orthogonalization import steps_along
 from keras_adafisher.optimizer.orthogonalization import Whitened
 from keras_adafisher.optimizer.orthogonalization import whitenings
 from keras_adafisher.optimizer.orthogonalization import without_units
+from keras_adafisher.optimizer.update_rms import are_measured
 
 # How many rows share a kept root at most: its cost is the cube of that.
 LARGEST_BLOCK = 128
@@ -268,10 +269,10 @@ class OrthogonalSteps:
         Returns:
             Bool or boolean tensor.
         """
-        since = self._settings.kernel_update_steps
-        interval = self._settings.factor_update_steps
-        return interval <= since or (
-            (update < interval) | (update % interval < since)
+        return are_measured(
+            update,
+            self._settings.factor_update_steps,
+            within=self._settings.kernel_update_steps,
         )
 
     def resting(self, momentums):

@@ -19,21 +19,22 @@ from keras_adafisher import backend
 from keras_adafisher.optimizer import update_rule
 
 
-def are_measured(update, interval):
-    """Whether there is a measurement at an update.
+def are_measured(update, interval, within=1):
+    """Whether there is a measurement at an update, or shortly before.
 
     At each of the first `interval` updates, and then at one in so many.
 
     Args:
         update: Integer, a number or a tensor. The first update is 0.
         interval: Integer, `factor_update_steps`.
+        within: Integer, how many updates count, this one included.
 
     Returns:
         Bool or boolean tensor.
     """
-    if interval == 1:
+    if interval <= within:
         return True
-    return (update < interval) | (update % interval == 0)
+    return (update < interval) | (update % interval < within)
 
 
 class UpdateRMS:
