@@ -18,6 +18,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The tests' tensors are too small to be worth more than one thread each.
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
+# Most of what JAX' tests take is compiling: without LLVM's optimizations, less.
+test-%: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 .PHONY: demo test test-once test-oldest test-models test-long mutations bench \
   bench-quick bench-gpu bench-gpu-tiny quality quality-quick docs dist \
@@ -66,6 +68,8 @@ test-models: $(VENV)/.test
 # Tests that take long: 60 times as many random layers and models, ten processes
 # that are killed, 20,000 steps. An hour.
 test-long: export ADAFISHER_CASES ?= 6000
+# As users run it.
+test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
 test-long: $(VENV)/.test
 	@echo "== Long tests that are the same with each backend"
 	@KERAS_BACKEND=jax $(BIN)/python -m pytest --quiet $(PYTEST_ARGS) \
