@@ -6,9 +6,10 @@ For each task and optimizer of `RIVALS`:
 
 - rates: learning rates a factor of two apart, with a warm-up and a cosine. They
   show how sensitive an optimizer is, and are its tuning: the best of them by
-  validation loss is tried with other momentum, and what is best then with
-  another weight decay. Where an optimizer has another form for a task, that is
-  tuned likewise, and the better of both is taken from there on.
+  validation loss, and what is within 1 % of it, is tried with other momentum,
+  and what is best then with another weight decay. Where an optimizer has
+  another form for a task, that is tuned likewise, and the better of both is
+  taken from there on.
 - steps: fresh seeds of what tuning chose, as many steps for all.
 - time: the same in as much time as AdamW takes. Who takes longer for a step has
   fewer of them, and a cosine that is as much shorter. It is the same runs where
@@ -77,6 +78,8 @@ FACTORS = (1, 3)
 # A step takes as long as AdamW's up to this. Above `RETUNED`, the best learning
 # rate for so much fewer steps is another.
 SAME, RETUNED = 0.03, 1.25
+# Up to so many times the lowest loss, a learning rate may be as good.
+CLOSE = 1.01
 # An optimizer whose step takes so many times as long has the plan `COSTLY`.
 EXPENSIVE = 8
 # Octaves below an optimizer's centre where no learning rate is tried any more,
@@ -311,13 +314,17 @@ class Contest:
         found = widened(
             lambda octave: losses(rival.centre * 2.0**octave), self.plan
         )
-        best = min(found, key=lambda octave: total(found, octave))
-        rate = rival.centre * 2.0**best
+        limit = CLOSE * min(total(found, octave) for octave in found)
         # `None`: the default.
-        trials = {None: found[best]}
-        trials |= {value: losses(rate, value) for value in rival.others}
-        momentum = min(trials, key=lambda value: sum(trials[value]))
-        decays = {None: trials[momentum]}
+        trials = {}
+        for octave in sorted(found):
+            if total(found, octave) <= limit:
+                rate = rival.centre * 2.0**octave
+                trials[rate, None] = found[octave]
+                for value in rival.others:
+                    trials[rate, value] = losses(rate, value)
+        rate, momentum = min(trials, key=lambda trial: sum(trials[trial]))
+        decays = {None: trials[rate, momentum]}
         decays |= {
             value: losses(rate, momentum, value) for value in rival.decays
         }
@@ -326,7 +333,10 @@ class Contest:
                 [short(rival.centre * 2.0**octave), found[octave]]
                 for octave in sorted(found)
             ],
-            "momentums": [[value, trials[value]] for value in trials],
+            "momentums": [
+                [short(tried), value, found_losses]
+                for (tried, value), found_losses in trials.items()
+            ],
             "learning_rate": rate,
             "momentum": momentum,
             "decays": [[value, decays[value]] for value in decays],
