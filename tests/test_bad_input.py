@@ -170,6 +170,22 @@ def test_arguments_of_another_name(optimizer, name):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(
+    "optimizer", [keras_adafisher.AdaFisher, keras_adafisher.AdaFisherW]
+)
+@pytest.mark.parametrize(
+    "name", ["kernel_update_steps", "ns_steps", "exclude_layers"]
+)
+def test_arguments_that_only_adafishermuon_has(optimizer, name):
+    with pytest.raises(ValueError) as error:
+        optimizer(**{name: 2})
+    assert str(error.value) == (
+        f"Argument(s) not recognized: {{'{name}': 2}}. Did you mean "
+        "`AdaFisherMuon`, which has this argument?"
+    )
+
+
+@pytest.mark.once
 def test_arguments_that_resemble_none():
     for name in ("centered", "amsgrad", "initial_accumulator_value"):
         with pytest.raises(ValueError) as error:

@@ -378,5 +378,8 @@ def _meant(name, known):
     """What a name that isn't an argument's stands for, or `None`."""
     if name.lower() in _OTHER_NAMES:
         return _OTHER_NAMES[name.lower()]
+    if name in RULES and name not in known:
+        # All others have what `AdaFisher` has.
+        return "`AdaFisherMuon`, which has this argument"
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.7)
     return f"`{close[0]}`" if close else None
