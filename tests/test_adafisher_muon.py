@@ -22,6 +22,7 @@ from models import weights
 
 import keras_adafisher
 from keras_adafisher import AdaFisherMuon
+from keras_adafisher import backend
 from keras_adafisher.optimizer import orthogonal
 
 BACKEND = keras.backend.backend()
@@ -496,20 +497,36 @@ def test_blocks_of_a_kept_root(inputs, outputs, monkeypatch):
 
 
 def test_batches_of_limited_size(monkeypatch):
-    """They change nothing but the memory that is taken."""
+    """They change nothing but the memory that is taken.
 
-    def run():
+    An accelerator has others. But roots are state, which it shares with a CPU.
+    """
+
+    def run(keep_roots):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
-            [keras.Input((6,)), *(keras.layers.Dense(6) for _ in range(3))]
+            [
+                keras.Input((6,)),
+                *(keras.layers.Dense(size) for size in (6, 9, 6, 9, 6, 6)),
+            ]
         )
-        model.compile(AdaFisherMuon(), loss="mse")
+        optimizer = AdaFisherMuon(keep_roots=keep_roots)
+        model.compile(optimizer, loss="mse")
         model.fit(np.ones((4, 6)), np.eye(4, 6), epochs=3, verbose=0)
-        return weights(model)
+        return weights(model), [v.shape for v in optimizer.variables]
 
-    together = run()
-    monkeypatch.setattr(orthogonal, "LARGEST_BATCH", 40)
-    assert_close(run(), together, 1e-5)
+    together = [run(keep_roots)[0] for keep_roots in (False, True)]
+    monkeypatch.setattr(orthogonal, "LARGEST_BATCH", 100)
+    fresh, kept = run(False), run(True)
+    assert_close(fresh[0], together[0], 1e-5)
+    assert_close(kept[0], together[1], 1e-5)
+    monkeypatch.setattr(orthogonal, "LARGEST_BATCH_ON_ACCELERATOR", 200)
+    monkeypatch.setattr(backend, "has_accelerator", lambda: True)
+    there = run(False), run(True)
+    assert_close(there[0][0], together[0], 1e-5)
+    assert_close(there[1][0], together[1], 1e-5)
+    assert there[0][1] == fresh[1]
+    assert there[1][1] == kept[1]
 
 
 def test_without_a_root_a_kernel_moves_along_its_momentum():

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 __all__ = [
+    "at_least",
     "broadcast_layout",
     "check_same_strategy",
     "cond",
@@ -23,13 +24,18 @@ __all__ = [
     "entries",
     "entry",
     "evaluator",
+    "filled",
+    "half_matmul",
+    "half_precision",
     "has_accelerator",
     "is_traced",
     "keep_random_state",
+    "lerp",
     "mean_square",
     "part",
     "pointwise_conv",
     "precise_matmul",
+    "quadratic",
     "read_parts",
     "replicated_layout",
     "reshape",
@@ -50,6 +56,16 @@ def is_traced(tensor):
 def has_accelerator():
     """Whether training steps run on something else than a CPU."""
     return False
+
+
+def half_precision():
+    """The dtype of two bytes for products of matrices, if one is worth it.
+
+    Returns:
+        String, the one with the most digits among those that are many times as
+        fast as single precision. `None` if there is none.
+    """
+    return None
 
 
 def evaluator(compute_loss, data, variables):
@@ -191,9 +207,47 @@ def pointwise_conv(x, kernel, data_format, dilation_rate):
     )
 
 
+# `keras.ops` takes numbers too. But on PyTorch it makes tensors of them, and a
+# GPU that gets one is waited for.
+def at_least(x, number):
+    """The larger of each entry of a tensor and a number."""
+    return ops.maximum(x, number)
+
+
+def filled(x, condition, number):
+    """A tensor, with a number in its place where a condition holds."""
+    return ops.where(condition, number, x)
+
+
+def lerp(x, y, weight):
+    """`x + (y - x) * weight`, of two tensors and a number."""
+    return x + (y - x) * weight
+
+
 def precise_matmul(x, y):
     """A product of float32 matrices that isn't rounded to fewer digits."""
     return ops.matmul(x, y)
+
+
+def half_matmul(x, y):
+    """A product of matrices in half precision."""
+    return ops.matmul(x, y)
+
+
+def quadratic(x, coefficients, matmul):
+    """A polynomial of matrices, `a I + b X + c X²`.
+
+    Args:
+        x: Float tensor of shape `(count, m, m)`.
+        coefficients: Tuple of three floats, `a`, `b` and `c`.
+        matmul: `precise_matmul` or `half_matmul`.
+
+    Returns:
+        A tensor like it.
+    """
+    a, b, c = coefficients
+    identity = ops.eye(x.shape[-1], dtype=x.dtype)
+    return a * identity + b * x + c * matmul(x, x)
 
 
 def reshape(x, shape):

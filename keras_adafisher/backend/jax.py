@@ -14,6 +14,7 @@ __all__ = [
     "constrain_layout",
     "entry",
     "evaluator",
+    "half_precision",
     "has_accelerator",
     "is_traced",
     "part",
@@ -44,6 +45,12 @@ def has_accelerator():
     return jax.default_backend() != "cpu"
 
 
+def half_precision():
+    # A TPU multiplies in no other dtype of two bytes.
+    halves = {"cpu": None, "tpu": "bfloat16"}
+    return halves.get(jax.default_backend(), "float16")
+
+
 def window_mean(*args):
     # Accelerators multiply in less than single precision if they may.
     with jax.default_matmul_precision("highest"):
@@ -51,6 +58,9 @@ def window_mean(*args):
 
 
 def part(vector, start, size):
+    if has_accelerator():
+        # Starting a kernel takes time there, and a slice needs none of its own.
+        return jax.lax.slice_in_dim(vector, start, start + size)
     # XLA compiles equal kernels once. A slice is part of the kernel that reads
     # it, and makes that another one for each parameter; indices are an operand.
     index = np.arange(start, start + size)

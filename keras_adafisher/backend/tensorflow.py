@@ -11,6 +11,7 @@ __all__ = [
     "check_same_strategy",
     "creation_scope",
     "entries",
+    "half_precision",
     "has_accelerator",
     "is_traced",
     "mean_square",
@@ -26,6 +27,13 @@ def is_traced(tensor):
 
 def has_accelerator():
     return any(map(tf.config.list_logical_devices, ("GPU", "TPU")))
+
+
+def half_precision():
+    if tf.config.list_logical_devices("TPU"):
+        # It multiplies in no other dtype of two bytes.
+        return "bfloat16"
+    return "float16" if has_accelerator() else None
 
 
 def step_number(iterations):

@@ -14,13 +14,19 @@ from keras import ops
 from keras_adafisher.backend import common
 
 __all__ = [
+    "at_least",
     "cond",
     "constant",
     "count_ids",
+    "filled",
+    "half_matmul",
+    "half_precision",
     "has_accelerator",
     "keep_random_state",
+    "lerp",
     "mean_square",
     "precise_matmul",
+    "quadratic",
     "reshape",
     "stack",
     "step_number",
@@ -44,6 +50,10 @@ def keep_random_state():
 
 def has_accelerator():
     return torch.cuda.is_available()
+
+
+def half_precision():
+    return "float16" if has_accelerator() else None
 
 
 def constant(values, dtype):
@@ -188,10 +198,34 @@ def stack(scalars):
     return torch.stack(scalars)
 
 
+def at_least(x, number):
+    return x.clamp_min(number)
+
+
+def filled(x, condition, number):
+    return x.masked_fill(condition, number)
+
+
+def lerp(x, y, weight):
+    # One operation for three.
+    return torch.lerp(x, y, weight)
+
+
 def precise_matmul(x, y):
     # Of stacks of matrices, without the views that `torch.matmul` makes. Its
     # default precision on a GPU is the full one.
     return torch.bmm(x, y) if x.ndim == y.ndim == 3 else torch.matmul(x, y)
+
+
+half_matmul = precise_matmul
+
+
+def quadratic(x, coefficients, matmul):
+    # Three operations. One by one, they are seven.
+    a, b, c = coefficients
+    rest = b * x
+    rest.diagonal(dim1=-2, dim2=-1).add_(a)
+    return torch.baddbmm(rest, x, x, alpha=c)
 
 
 def take(x, indices):

@@ -29,8 +29,12 @@ from keras_adafisher.optimizer.update_rms import are_measured
 LARGEST_BLOCK = 128
 
 # So many entries are orthogonalized together, so that what is temporary takes
-# little memory where a backend makes it.
+# little memory where a backend makes it. An accelerator takes some time to
+# start a kernel, however little it has to do: it gets more at once. What is
+# temporary there is as much as Adam's second slot for 100 million weights, and
+# less than activations take in most models.
 LARGEST_BATCH = 2**22
+LARGEST_BATCH_ON_ACCELERATOR = 2**24
 
 # Up to this side, roots are never kept: small networks end worse with them.
 SMALL_SIDE = 64
@@ -219,18 +223,11 @@ class OrthogonalSteps:
     def __init__(self, kernels, settings, add_variable):
         self.kernels = kernels
         self._settings = settings
-        groups = collections.defaultdict(lambda: collections.defaultdict(dict))
-        entries = collections.Counter()
-        for index, kernel in kernels.items():
-            key = kernel.keeps_root, kernel.side
-            entries[key] += math.prod(kernel.view.size)
-            group = groups[*key, entries[key] // LARGEST_BATCH]
-            group[kernel.sizes][index] = kernel
         # Dict from whether the roots are kept, their side and the number of the
         # group to the batches of it.
         self._groups = {
             key: [Batch(batch) for batch in group.values()]
-            for key, group in groups.items()
+            for key, group in _groups_of(kernels).items()
         }
         self._root_of = {}
         for key, batches in self._groups.items():
@@ -351,6 +348,36 @@ class OrthogonalSteps:
         )
         pairs = zip(scales[::2], scales[1::2], strict=True)
         return dict(zip(self.kernels, pairs, strict=True))
+
+
+def _groups_of(kernels):
+    """Which kernels are orthogonalized together.
+
+    Args:
+        kernels: See `OrthogonalSteps`.
+
+    Returns:
+        Dict from whether roots are kept, their side and a number to a dict from
+        sizes of matrices to a dict as `kernels`.
+    """
+    # Roots that are kept are state, and that is the same on all devices. Of
+    # others, those of equal sizes come together, and are one stack.
+    largest = {True: LARGEST_BATCH, False: LARGEST_BATCH}
+    if backend.has_accelerator():
+        largest[False] = LARGEST_BATCH_ON_ACCELERATOR
+    order = sorted(
+        kernels,
+        key=lambda i: () if kernels[i].keeps_root else kernels[i].sizes,
+    )
+    groups = collections.defaultdict(lambda: collections.defaultdict(dict))
+    entries = collections.Counter()
+    for index in order:
+        kernel = kernels[index]
+        key = kernel.keeps_root, kernel.side
+        entries[key] += math.prod(kernel.view.size)
+        number = entries[key] // largest[kernel.keeps_root]
+        groups[*key, number][kernel.sizes][index] = kernel
+    return groups
 
 
 def _multiples_of_identity(shape, dtype=None):

@@ -36,6 +36,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # step may be large.
 ROOT_DAMPING = 0.01
 
+# In half precision, a Gram matrix that is iterated on isn't positive any more
+# after some polynomials, and what is negative grows. So there is a new one
+# after as many as this. What a product loses is 8 times as much in "bfloat16",
+# which has three bits less for it, as in "float16".
+LONGEST_STAGE = {"float16": 3, "bfloat16": 1}
+
 _TINY = 1e-30
 
 
@@ -90,31 +96,31 @@ def without_units(matrices):
         A tensor like it. Entries that are too small to be divided by are zeros.
     """
     largest = ops.max(ops.abs(matrices), axis=(-2, -1), keepdims=True)
-    is_zero = largest < _TINY
-    return matrices * ops.where(
-        is_zero, 0.0, 1 / ops.where(is_zero, 1, largest)
-    )
+    scales = 1 / backend.at_least(largest, _TINY)
+    return matrices * backend.filled(scales, largest < _TINY, 0.0)
 
 
-def inverse_root(gram, steps):
+def inverse_root(gram, steps, matmul=precise_matmul):
     """About `G^(-1/2)`, by polynomials in `G`.
 
     Muon's iteration `X <- (a + b X Xᵀ + c (X Xᵀ)²) X` multiplies `X` by
     polynomials in `G = X Xᵀ` only. This is their product.
 
     Args:
-        gram: Float tensor of shape `(..., m, m)`, symmetric, of trace 1.
+        gram: Float tensor of shape `(count, m, m)`, symmetric matrices whose
+            largest eigenvalues are below 1.5.
         steps: Int, how many polynomials.
+        matmul: Function of two tensors.
 
     Returns:
         `Q`, a tensor like it: `Q X` is what Muon's iteration makes of `X`.
     """
     root = None
     for step in range(steps):
-        polynomial = _polynomial(gram)
-        root = polynomial if root is None else precise_matmul(polynomial, root)
+        polynomial = backend.quadratic(gram, COEFFICIENTS, matmul)
+        root = polynomial if root is None else matmul(polynomial, root)
         if step + 1 < steps:
-            gram = precise_matmul(precise_matmul(polynomial, gram), polynomial)
+            gram = matmul(matmul(polynomial, gram), polynomial)
     return root
 
 
@@ -126,17 +132,23 @@ class Whitened:
             `without_units`.
         rows: Tensor of shape `(count, m, 1)`, `r`, of positive entries.
         columns: Tensor of shape `(count, 1, n)`, `c`, likewise.
+
+    Attributes:
+        count: Int.
+        x: Tensor of shape `(count, m, n)`: `X`, but for its norm. Dividing all
+            of it would be one pass more.
+        norm: Tensor of shape `(count, 1, 1)`: what it is to be divided by.
+        scales: Tensor of shape `(count, m, n)`: `r` times `c`.
     """
 
     def __init__(self, matrices, rows, columns):
         self.count, m, n = matrices.shape
         self._is_tall = m > n
         self._side, self._length = sorted((m, n))
-        self._scales = rows * columns
-        # `X`, but for its norm: dividing all of it would be one pass more.
-        self._x = matrices * self._scales
-        self._squares = _squares(self._x)
-        self._norm = ops.sqrt(ops.maximum(self._squares, _TINY))
+        self.scales = rows * columns
+        self.x = matrices * self.scales
+        self._squares = _squares(self.x)
+        self.norm = ops.sqrt(backend.at_least(self._squares, _TINY))
 
     def gram(self):
         """The Gram matrices of the smaller side.
@@ -145,8 +157,8 @@ class Whitened:
             Tensor of shape `(count, side, side)`, of traces 1, or of zeros for
             zeros.
         """
-        gram = self._gram_of(self._x, precise_matmul)
-        return gram / ops.maximum(self._squares, _TINY)
+        gram = self.gram_of(self.x, precise_matmul)
+        return gram / backend.at_least(self._squares, _TINY)
 
     def is_usable(self):
         """Whether there is a root of each matrix: it is finite, and not zero.
@@ -157,40 +169,16 @@ class Whitened:
         squares = self._squares
         return ops.logical_and(squares > _TINY, ops.isfinite(squares))
 
-    def is_iterated(self, steps):
-        """Whether Muon's iteration is done as it stands, without roots.
+    def products(self, stages):
+        """How many products of the smaller side `iterated` takes.
 
-        It takes two products with `X` and one of the smaller side for each
-        polynomial. A root takes four of the smaller side for each polynomial,
-        less three, and two products with `X` in all. So it is the root where
-        `X` is long, and the iteration where it is nearly square.
+        A root of `n` polynomials takes `4 n - 3`, and it takes two products
+        with `X`. So there should be few roots where `X` is long. Where it is
+        nearly square, one for each polynomial takes the fewest: Muon's
+        iteration as it stands.
         """
         length = self._length / self._side
-        return backend.has_accelerator() or (
-            steps * (2 * length + 1) < 4 * steps - 3 + 2 * length
-        )
-
-    def iterated(self, steps):
-        """The step of Muon's iteration `X <- (a + b X Xᵀ + c (X Xᵀ)²) X`.
-
-        In half precision where a device has units for it, which is many times
-        as fast. There a root is no choice: a Gram matrix that is iterated on
-        isn't positive any more after a few steps, and what is negative grows.
-
-        Args:
-            steps: Int, how many polynomials.
-
-        Returns:
-            Tensor of shape `(count, m, n)`: `r O c`.
-        """
-        x = self._x / self._norm
-        matmul = precise_matmul
-        if backend.has_accelerator():
-            x = ops.cast(x, "bfloat16")
-            matmul = ops.matmul
-        for _ in range(steps):
-            x = self._times(_polynomial(self._gram_of(x, matmul)), x, matmul)
-        return ops.cast(x, self._x.dtype) * self._scales
+        return sum(2 * length + 4 * n - 3 for n in stages)
 
     def along(self, root):
         """The step of a root of the Gram matrices.
@@ -201,7 +189,7 @@ class Whitened:
         Returns:
             Tensor of shape `(count, m, n)`: `r O c`.
         """
-        return self._orthogonal(root) * self._scales
+        return self._orthogonal(root) * self.scales
 
     def along_kept(self, root):
         """The step of a root that was kept, of other matrices.
@@ -214,25 +202,60 @@ class Whitened:
             norm of `sqrt(side)` at most, as a semi-orthogonal matrix has it.
         """
         o = self._orthogonal(root)
-        bound = ops.sqrt(self._side / ops.maximum(_squares(o), self._side))
-        return o * (self._scales * bound)
+        squares = backend.at_least(_squares(o), self._side)
+        bound = ops.sqrt(self._side / squares)
+        return o * (self.scales * bound)
 
     def _orthogonal(self, root):
-        return self._times(root / self._norm, self._x, precise_matmul)
+        return self.times(root / self.norm, self.x, precise_matmul)
 
-    def _gram_of(self, x, matmul):
+    def gram_of(self, x, matmul):
+        """The Gram matrices of a tensor like `x`, of the smaller side."""
         transposed = ops.swapaxes(x, -1, -2)
         return matmul(transposed, x) if self._is_tall else matmul(x, transposed)
 
-    def _times(self, small, x, matmul):
+    def times(self, small, x, matmul):
+        """Products of matrices of the smaller side and a tensor like `x`."""
         return matmul(x, small) if self._is_tall else matmul(small, x)
+
+
+def iterated(stacks, stages, half=None):
+    """The steps of Muon's iteration `X <- (a + b X Xᵀ + c (X Xᵀ)²) X`.
+
+    Args:
+        stacks: List of `Whitened` whose smaller sides are equally long.
+        stages: List of Ints, how many polynomials at a time become one root.
+        half: String, the dtype if products are in half precision.
+
+    Returns:
+        See `fresh_steps`.
+    """
+    xs = [stack.x / stack.norm for stack in stacks]
+    matmul = precise_matmul
+    if half:
+        xs = [ops.cast(x, half) for x in xs]
+        matmul = backend.half_matmul
+    for count in stages:
+        pairs = list(zip(stacks, xs, strict=True))
+        grams = [stack.gram_of(x, matmul) for stack, x in pairs]
+        roots = inverse_root(concatenated(grams), count, matmul)
+        roots = _split(roots, [stack.count for stack in stacks])
+        xs = [
+            stack.times(root, x, matmul)
+            for (stack, x), root in zip(pairs, roots, strict=True)
+        ]
+    return [
+        ops.cast(x, stack.x.dtype) * stack.scales
+        for stack, x in zip(stacks, xs, strict=True)
+    ]
 
 
 def fresh_steps(stacks, steps):
     """The steps of matrices whose smaller sides are equally long.
 
-    Roots are worked out together, however long the other sides are: many small
-    products at once take less than one by one, and compile once.
+    In half precision where a device has units for it, which is many times as
+    fast. Roots are worked out together, however long the other sides are: many
+    small products at once take less than one by one, and compile once.
 
     Args:
         stacks: List of `Whitened`.
@@ -243,14 +266,26 @@ def fresh_steps(stacks, steps):
         singular values of `O` are between 0.7 and 1.2 but for those that are
         less than about `1 / 3.4445^steps` in `X`.
     """
-    grams = [x.gram() for x in stacks if not x.is_iterated(steps)]
+    half = backend.half_precision()
+    most = LONGEST_STAGE.get(half, steps)
+    count = -(-steps // most)
+    few = [steps // count + (i < steps % count) for i in range(count)]
+    many = [1] * steps
+    are_square = [x.products(many) < x.products(few) for x in stacks]
+    if half:
+        # With several lengths, roots for all of them at once start fewer
+        # kernels, although the square ones could do with fewer products.
+        return iterated(stacks, many if are_square == [True] else few, half)
+    grams = [
+        x.gram() for x, own in zip(stacks, are_square, strict=True) if not own
+    ]
     roots = []
     if grams:
         roots = inverse_root(concatenated(grams), steps)
         roots = _split(roots, [gram.shape[0] for gram in grams])
     return [
-        x.iterated(steps) if x.is_iterated(steps) else x.along(roots.pop(0))
-        for x in stacks
+        iterated([x], many)[0] if own else x.along(roots.pop(0))
+        for x, own in zip(stacks, are_square, strict=True)
     ]
 
 
@@ -294,16 +329,12 @@ def concatenated(tensors):
 
 def _split(x, lengths):
     """Undo the concatenation of tensors of such lengths."""
+    if len(lengths) == 1:
+        return [x]
     ends = itertools.accumulate(lengths)
     return [
         x[end - length : end] for end, length in zip(ends, lengths, strict=True)
     ]
-
-
-def _polynomial(gram):
-    a, b, c = COEFFICIENTS
-    identity = ops.eye(gram.shape[-1], dtype=gram.dtype)
-    return a * identity + b * gram + c * precise_matmul(gram, gram)
 
 
 def _squares(matrices):
