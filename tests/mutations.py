@@ -37,6 +37,7 @@ PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
 STEPS = "steps/step.py"
 UPDATE = "optimizer/torch_update.py"
+DIAGONALS = "optimizer/torch_diagonals.py"
 TORCH = "backend/torch.py"
 COMMON = "backend/common.py"
 
@@ -67,10 +68,22 @@ MUTATIONS = [
         "test_optimizer",
     ),
     Mutation(
-        UPDATE,
-        "torch._foreach_add_(denominator, self.damping)",
-        "torch._foreach_add_(denominator, 2 * self.damping)",
+        DIAGONALS,
+        "self._dampings = (scales * damping).unbind()",
+        "self._dampings = (2 * scales * damping).unbind()",
         "test_optimizer",
+    ),
+    Mutation(
+        DIAGONALS,
+        "own[:] = place",
+        "own[:] = 0",
+        "test_torch_update",
+    ),
+    Mutation(
+        DIAGONALS,
+        "found = torch._foreach_addcmul(dampings, first, second)",
+        "found = torch._foreach_mul(first, second)",
+        "test_torch_update",
     ),
     Mutation(
         UPDATE,
@@ -164,8 +177,8 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "x = ops.where(self._is_bias_input, 1.0, x)",
-        "x = ops.where(self._is_bias_input, 0.0, x)",
+        "x = backend.filled(x, self._is_bias_input, 1.0)",
+        "x = backend.filled(x, self._is_bias_input, 0.0)",
         "test_optimizer",
     ),
     Mutation(
@@ -189,8 +202,8 @@ MUTATIONS = [
     ),
     Mutation(
         RULE,
-        "return average + (gradient - average) * (1 - beta)",
-        "return average + (gradient - average) * beta",
+        "return backend.lerp(average, gradient, 1 - beta)",
+        "return backend.lerp(average, gradient, beta)",
         "test_torch_update",
     ),
     Mutation(
@@ -207,6 +220,18 @@ MUTATIONS = [
     ),
     # Orthogonalized steps.
     Mutation(
+        ORTHOGONAL,
+        "number = entries[key] // largest[kernel.keeps_root]",
+        "number = entries[key] // largest[False]",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        ORTHOGONALIZATION,
+        'LONGEST_STAGE = {"float16": 3, "bfloat16": 1}',
+        'LONGEST_STAGE = {"float16": 8, "bfloat16": 8}',
+        "test_orthogonalization",
+    ),
+    Mutation(
         ORTHOGONALIZATION,
         "return ops.rsqrt(damped / ops.mean(damped, axis=-1, keepdims=True))",
         "return ops.rsqrt(damped)",
@@ -214,7 +239,7 @@ MUTATIONS = [
     ),
     Mutation(
         ORTHOGONALIZATION,
-        "return o * (self._scales * bound)",
+        "return o * (self.scales * bound)",
         "return o * bound",
         "test_orthogonalization",
     ),
@@ -365,7 +390,7 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "divisors = ops.where(is_used, calls, 1.0)",
+        "divisors = backend.filled(calls, ~is_used, 1.0)",
         "divisors = ops.ones_like(calls)",
         "test_sharing",
     ),
@@ -495,8 +520,8 @@ MUTATIONS = [
     # Wrapping.
     Mutation(
         STORE,
-        "answers = ops.where(answers < 0, np.float32(np.nan), answers)",
-        "answers = ops.where(answers < 0, np.float32(0), answers)",
+        "answers = backend.filled(answers, answers < 0, np.float32(np.nan))",
+        "answers = backend.filled(answers, answers < 0, np.float32(0))",
         "test_factor_store",
     ),
     Mutation(

@@ -11,6 +11,7 @@ from models import probes_in
 from models import to_numpy
 
 import keras_adafisher
+from keras_adafisher import backend
 from keras_adafisher.factors.block_factors import FisherDiagonal
 from keras_adafisher.factors.store import FactorStore
 from keras_adafisher.probe import BackendProbe
@@ -342,4 +343,17 @@ def test_slices_of_a_fisher_diagonal(name):
             parts.append(ops.broadcast_to(rows, part.shape))
         np.testing.assert_array_equal(
             to_numpy(ops.concatenate(parts)), to_numpy(whole)
+        )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_part_of_a_vector(platform, monkeypatch):
+    """JAX reads it in another way on an accelerator."""
+    if keras.backend.backend() == "jax":
+        monkeypatch.setattr("jax.default_backend", lambda: platform)
+    vector = ops.arange(7, dtype="float32")
+    for start, size in ((0, 7), (2, 3), (6, 1), (0, 1)):
+        np.testing.assert_array_equal(
+            to_numpy(backend.part(vector, start, size)),
+            np.arange(start, start + size),
         )

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import keras_adafisher
+from keras_adafisher.optimizer import torch_diagonals
 from keras_adafisher.optimizer import torch_update
 
 
@@ -105,6 +106,7 @@ def test_all_together_are_as_one_by_one(
     if is_elsewhere:
         # A learning rate that would have to be waited for.
         monkeypatch.setattr(torch_update, "_can_be_read", lambda rate: False)
+        monkeypatch.setattr(torch_diagonals, "_SLOW_ADDCMUL", {})
     reference = OneByOne(**CASES[case])
     expected = train(reference, low)
     assert reference.calls > 0

@@ -232,7 +232,7 @@ class FactorStore:
             # Like the input that is always 1, which is normalized together
             # with the others and becomes 1: the largest of them.
             largest = ops.max(activation)
-            activation = activation / ops.where(largest > 0, largest, 1.0)
+            activation = activation / backend.filled(largest, largest <= 0, 1.0)
             # The gradient of an unused weight is zero.
             is_used = ops.cast(ops.any(weight != 0), "float32")
             parts = [is_used, activation, gradient]
@@ -289,12 +289,12 @@ class FactorStore:
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
         is_used = calls > 0
-        divisors = ops.where(is_used, calls, 1.0)
+        divisors = backend.filled(calls, ~is_used, 1.0)
         divisors = backend.take(divisors, self._blocks_of_segments)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
-        answers = ops.where(answers < 0, np.float32(np.nan), answers)
+        answers = backend.filled(answers, answers < 0, np.float32(np.nan))
         x, is_finite = self._normalized(answers, divisors, epsilons)
         is_possible = ops.all(
             backend.take(is_finite, self._segments_of_blocks), axis=1
@@ -334,7 +334,7 @@ class FactorStore:
             epsilon,
             *(self._segments.to_entries(found[name]) for name in names),
         )
-        x = ops.where(self._is_bias_input, 1.0, x)
+        x = backend.filled(x, self._is_bias_input, 1.0)
         # A mean isn't finite if one of the entries isn't.
         return x, ops.isfinite(found["mean"])
 

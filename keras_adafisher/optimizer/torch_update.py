@@ -18,6 +18,8 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras_adafisher.backend.torch import count_up
 from keras_adafisher.backend.torch import step_number
 from keras_adafisher.optimizer import update_rule
+from keras_adafisher.optimizer.torch_diagonals import denominators_of
+from keras_adafisher.optimizer.torch_diagonals import ScaledFactors
 
 # Entries that are updated together, so that denominators take little memory.
 # On a CPU they should fit into its cache, and lists save less.
@@ -30,6 +32,8 @@ class TorchUpdateMixin:
 
     # What the probes know: `TorchProbe.is_requested`.
     _has_requested = True
+    # `ScaledFactors`, once there was an update that needs them.
+    _scaled_factors = None
 
     def apply(self, grads, trainable_variables=None):
         step_number(self._iterations)
@@ -65,12 +69,8 @@ class TorchUpdateMixin:
                 )
             ]
             self._prepare_updates(grads, trainable_variables)
-            roots = None
             if self._mean_squares is not None:
-                roots = self._mean_squares.roots(
-                    self._update.number, self.adam_epsilon
-                )
-                roots = (roots / self._correction()).unbind()
+                self._scale_factors()
             if _can_be_read(learning_rate):
                 learning_rate = float(learning_rate)
             else:
@@ -97,7 +97,7 @@ class TorchUpdateMixin:
                     if has_direction:
                         self._move_batch(*batch, rate)
                     else:
-                        self._update_batch(is_factored, *batch, rate, roots)
+                        self._update_batch(is_factored, *batch, rate)
 
     def _move_batch(self, indices, values, gradients, learning_rate):
         """Move along the directions that are computed already."""
@@ -110,8 +110,21 @@ class TorchUpdateMixin:
         steps = [step.to(values[0].dtype) for step in steps]
         torch._foreach_sub_(values, steps)
 
+    def _scale_factors(self):
+        """Multiply the factors by the size of this update's gradients."""
+        roots = self._mean_squares.roots(self._update.number, self.adam_epsilon)
+        factored = next(filter(None, self._fishers))
+        vector = factored.vector.value
+        scaled = self._scaled_factors
+        if scaled is None or scaled.vector is not vector:
+            scaled = ScaledFactors(
+                vector, [self._fishers[i] for i in self._mean_squares.places]
+            )
+            self._scaled_factors = scaled
+        scaled.update(roots / self._correction(), self.damping)
+
     def _update_batch(
-        self, is_factored, indices, values, gradients, learning_rate, roots
+        self, is_factored, indices, values, gradients, learning_rate
     ):
         momentums = self._advance_momentums(indices, gradients)
         size = self._correction()
@@ -122,18 +135,15 @@ class TorchUpdateMixin:
                 velocities, gradients, gradients, 1 - self.adam_beta_2
             )
             size *= (1 - self.adam_beta_2 ** self._step_now()) ** 0.5
-        elif roots is not None:
-            places = self._mean_squares.places
-            roots = [roots[places[index]] for index in indices]
-        is_bounded = is_factored and roots is not None
+        is_bounded = is_factored and self._mean_squares is not None
         fishers = [self._fishers[index] for index in indices]
         for cut, value in _parts(values, fishers):
             momentum, gradient = _sliced(cut, momentums, gradients)
-            if is_factored:
-                denominator = _diagonals(fishers, cut)
-                torch._foreach_add_(denominator, self.damping)
-                if is_bounded:
-                    torch._foreach_mul_(denominator, roots)
+            if is_bounded:
+                places = [self._mean_squares.places[i] for i in indices]
+                denominator = self._scaled_factors.denominators(places, cut)
+            elif is_factored:
+                denominator = denominators_of(fishers, self.damping, cut)
             else:
                 (velocity,) = _sliced(cut, velocities)
                 denominator = torch._foreach_sqrt(velocity)
@@ -206,39 +216,8 @@ class TorchUpdateMixin:
 
 
 def _norms_of_quotients(gradients, fishers, damping, cut):
-    denominators = _diagonals(fishers, cut)
-    torch._foreach_add_(denominators, damping)
+    denominators = denominators_of(fishers, damping, cut)
     return torch._foreach_norm(torch._foreach_div(gradients, denominators))
-
-
-def _diagonals(fishers, cut=None):
-    """List of new tensors, some Fisher diagonals."""
-    vector = fishers[0].vector.value
-    operands = [_operands(fisher, vector, cut) for fisher in fishers]
-    pairs = [pair for pair in operands if pair is not None]
-    products = torch._foreach_mul(*zip(*pairs, strict=True)) if pairs else []
-    products = iter(products)
-    return [
-        fisher(cut) if pair is None else next(products)
-        for fisher, pair in zip(fishers, operands, strict=True)
-    ]
-
-
-def _operands(fisher, vector, cut):
-    """`fisher.operands(cut)`, kept as long as they follow the factors."""
-    if cut is not None:
-        return fisher.operands(cut)
-    # Another vector is that of a stateless call.
-    if fisher.kept is None or fisher.kept[0] is not vector:
-        operands = fisher.operands()
-        if operands is None or not all(_is_view(x, vector) for x in operands):
-            return operands
-        fisher.kept = vector, operands
-    return fisher.kept[1]
-
-
-def _is_view(x, vector):
-    return x.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
 
 
 def _step(values, momentums, denominators, learning_rate, size):

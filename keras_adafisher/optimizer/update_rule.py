@@ -16,10 +16,12 @@ where `c` corrects `m`, and `v`, for having started at zero, and `m` may be
 Nesterov's. The steps of `AdaFisherMuon` are in `orthogonalization.py`; what
 PyTorch does for lists of parameters is in `torch_update.py`.
 
-Nothing in this file knows about layers, variables or backends.
+Nothing in this file knows about layers or variables.
 """
 
 from keras import ops
+
+from keras_adafisher import backend
 
 
 def momentum(average, gradient, beta):
@@ -34,7 +36,7 @@ def momentum(average, gradient, beta):
         The new momentum. Called once more with it and the same gradient, this
         function gives Nesterov's: the momentum as the next step would have it.
     """
-    return average + (gradient - average) * (1 - beta)
+    return backend.lerp(average, gradient, 1 - beta)
 
 
 def momentum_correction(beta, step, nesterov):
