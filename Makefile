@@ -23,7 +23,8 @@ test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 test-%: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 .PHONY: demo test test-once test-oldest test-models test-long mutations bench \
-  bench-quick bench-gpu bench-gpu-tiny quality quality-quick docs dist \
+  bench-quick bench-gpu bench-gpu-tiny gpu-programs quality quality-gpu \
+  quality-quick docs dist \
   docs-analysis docs-coverage docs-compatibility docs-distributed docs-gallery \
   lint format clean \
   $(addprefix test-,$(BACKENDS)) $(addprefix test-oldest-,$(BACKENDS))
@@ -117,6 +118,17 @@ bench-gpu-tiny: $(VENV)/.test
 	$(BIN)/python benchmarks/gpu.py --tiny
 	$(BIN)/python -m tools.report.performance_gpu \
 	  --results benchmarks/results/tiny --output benchmarks/results/tiny
+
+# Which kernels JAX compiles for a GPU, without one: part of
+# docs/performance_gpu.md. In twenty minutes, with an interpreter that has Keras
+# and `jax[cuda13]`: `GPU_PYTHON=python3`.
+gpu-programs: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/.test)
+	PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) benchmarks/gpu_programs.py $(BENCH_ARGS)
+	$(GPU_PYTHON) -m tools.report.performance_gpu
+
+# A GPT of 25 million weights on one GPU, in half an hour.
+quality-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/.test)
+	$(GPU_PYTHON) benchmarks/quality_gpu.py $(BENCH_ARGS)
 
 # Writes docs/quality.md. What was measured before is kept, also what the
 # repository has: that is how an interrupted run goes on. To measure all anew, in

@@ -66,7 +66,13 @@ This measures time and memory on a GPU. `--tiny` runs all of it in a tiny form
 on a CPU, and `--backends` leaves a backend out."""
 
 
-def environment(backend, tiny):
+# Trying out which kernel is fastest takes most of the time that it takes to
+# compile, and with 24 programs at once it takes longer than a run may. The
+# kernels are the libraries' own choice instead, for all optimizers.
+NO_TUNING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
+def environment(backend, tiny, tunes=False):
     """The variables of a process."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     result = {
@@ -89,6 +95,9 @@ def environment(backend, tiny):
         # XLA compiles with as many threads. `common.py` would have one.
         result["NPROC"] = str(os.cpu_count())
         result.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        if not tunes:
+            flags = os.environ.get("XLA_FLAGS", "")
+            result["XLA_FLAGS"] = f"{flags} {NO_TUNING}"
     return result
 
 
@@ -115,7 +124,7 @@ def check_gpu(backends):
 class Worker:
     """One process: a model on a backend."""
 
-    def __init__(self, backend, model, folder, tiny):
+    def __init__(self, backend, model, folder, tiny, tunes):
         self.backend, self.model = backend, model
         self.name = f"{backend}-{model}"
         self._folder = folder
@@ -124,7 +133,7 @@ class Worker:
         with self._file("log").open("w") as log:
             self._process = subprocess.Popen(
                 command + ["--tiny"] * tiny,
-                env=environment(backend, tiny),
+                env=environment(backend, tiny, tunes),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -163,13 +172,15 @@ class Results:
     Args:
         folder: Path.
         level: String, "gpu" or "tiny".
+        tunes: Bool, whether XLA tried out which kernels are fastest.
     """
 
-    def __init__(self, folder, level):
+    def __init__(self, folder, level, tunes):
         self._folder = folder
         self._data = {
             backend: {
                 "level": level,
+                "tunes": tunes,
                 "date": datetime.date.today().isoformat(),
                 "rows": {},
             }
@@ -252,11 +263,19 @@ def main():
     parser.add_argument(
         "--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS)
     )
+    parser.add_argument(
+        "--autotune",
+        action="store_true",
+        help="let XLA try out kernels, as it does by default; it takes minutes",
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS)
+    )
     parser.add_argument("--results", type=pathlib.Path)
     arguments = parser.parse_args()
     level = "tiny" if arguments.tiny else "gpu"
     default = ROOT / "benchmarks" / "results" / level
-    results = Results(arguments.results or default, level)
+    results = Results(arguments.results or default, level, arguments.autotune)
     start = time.monotonic()
     if not arguments.tiny:
         check_gpu(arguments.backends)
@@ -264,10 +283,16 @@ def main():
         folder = pathlib.Path(name)
         workers = []
         try:
-            for model in MODELS:
+            for model in arguments.models:
                 for backend in arguments.backends:
                     workers.append(
-                        Worker(backend, model, folder, arguments.tiny)
+                        Worker(
+                            backend,
+                            model,
+                            folder,
+                            arguments.tiny,
+                            arguments.autotune,
+                        )
                     )
             failed = measure(workers, folder, results, start)
         finally:

@@ -12,6 +12,7 @@ from models import vit
 from models import with_images
 
 from keras_adafisher import AdaFisher
+from keras_adafisher import AdaFisherMuon
 
 
 def resnet50(image, batch):
@@ -85,8 +86,8 @@ OPTIMIZERS = {
     "SGD": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
     "Adam": lambda: keras.optimizers.Adam(1e-5),
     "AdaFisher, default": lambda: AdaFisher(1e-6),
+    "AdaFisherMuon": lambda: AdaFisherMuon(1e-6),
     "Muon": lambda: keras.optimizers.Muon(1e-5),
-    "AdaFisher, every 100": lambda: AdaFisher(1e-6, factor_update_steps=100),
     "AdaFisher, every step": lambda: AdaFisher(1e-6, factor_update_steps=1),
 }
 

@@ -34,20 +34,21 @@ from gpu_models import OPTIMIZERS
 import keras_adafisher
 
 BACKEND = keras.backend.backend()
+DEFAULT, EVERY_STEP = "AdaFisher, default", "AdaFisher, every step"
 # Compiled one after the other, so that their times can be compared. SGD is the
-# first of its process, and tunes the kernels that the others then use too.
-ALONE = ("SGD", "Adam", "AdaFisher, default")
-EVERY_100, EVERY_STEP = "AdaFisher, every 100", "AdaFisher, every step"
+# first, and pays for what a process does once.
+ALONE = ("SGD", "Adam", DEFAULT, "AdaFisherMuon")
+# What isn't a program of its own: steps of the default's that don't measure,
+# and a hundredth of one that does.
+EVERY_100 = "AdaFisher, every 100"
 # Steps of a round: with the default settings, one of them measures.
 STEPS = 10
-# How many steps a model has behind it when timing begins. AdaFisher measures
-# the mean squares at each of its first `factor_update_steps` steps. With 100,
-# the step after those measures the factors, and the next to do so is the 201st.
-BEHIND = {EVERY_100: 101}
-BEHIND_OTHERS = 21
+# How many steps a model has behind it when timing begins. The last of them
+# measures, with the default settings.
+BEHIND = 21
 LEAST_ROUNDS, MOST_ROUNDS = 5, 21
 # Of a turn, in seconds. Eight take turns.
-LONGEST_TURN = 16
+LONGEST_TURN = 12
 
 
 class JaxProgram:
@@ -225,44 +226,51 @@ def time_rounds(programs, least, most):
     Returns:
         From optimizer to an array, seconds of a step in each round.
     """
-    for optimizer, program in programs.items():
-        program.run(BEHIND.get(optimizer, BEHIND_OTHERS) - program.steps)
+    for program in programs.values():
+        program.run(BEHIND - program.steps)
     # Six models have far more objects than one: don't look through them again.
     gc.collect()
     gc.freeze()
     rng = np.random.default_rng(0)
-    seconds = {optimizer: [] for optimizer in programs}
+    seconds = {optimizer: [] for optimizer in [*programs, EVERY_100]}
+
+    def run(name, optimizer, steps):
+        start = time.perf_counter()
+        loss = programs[optimizer].run(steps)
+        seconds[name].append((time.perf_counter() - start) / steps)
+        if not np.isfinite(loss):
+            raise RuntimeError(f"The loss of {optimizer} is {loss}.")
+
     begin = time.perf_counter()
     for number in range(most):
         if number >= least and time.perf_counter() - begin > LONGEST_TURN:
             break
-        for optimizer in rng.permutation(list(programs)):
-            start = time.perf_counter()
-            loss = programs[optimizer].run(STEPS)
-            seconds[optimizer].append((time.perf_counter() - start) / STEPS)
-            if not np.isfinite(loss):
-                raise RuntimeError(f"The loss of {optimizer} is {loss}.")
+        for name in rng.permutation(list(seconds)):
+            if name == EVERY_100:
+                run(name, DEFAULT, STEPS - 1)
+                # The one that measures.
+                programs[DEFAULT].run(1)
+            else:
+                run(name, name, STEPS)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
 def summary(seconds):
     """Medians, and ratios to Adam's step in the same round.
 
-    With `factor_update_steps=100`, rounds in which a step measures (each tenth)
-    are left out, and the hundredth part of what one costs is added.
+    With `factor_update_steps=100`, it is steps that don't measure, and the
+    hundredth part of what one costs that does.
     """
-    plain = np.arange(len(seconds["Adam"])) % 10 != 9
     every_100 = 0.99 * seconds[EVERY_100] + 0.01 * seconds[EVERY_STEP]
     values = {**seconds, EVERY_100: every_100}
-    rounds = {name: plain if name == EVERY_100 else ... for name in values}
     return {
-        "rounds": len(plain),
+        "rounds": len(every_100),
         "milliseconds": {
-            name: 1000 * float(np.median(value[rounds[name]]))
+            name: 1000 * float(np.median(value))
             for name, value in values.items()
         },
         "over Adam": {
-            name: spread((value / values["Adam"])[rounds[name]])
+            name: spread(value / values["Adam"])
             for name, value in values.items()
         },
     }

@@ -6,6 +6,19 @@ import jax
 
 import keras_adafisher
 
+# What a program has beside kernels.
+NO_KERNELS = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "conditional",
+    "copy-start",
+    "copy-done",
+}
+INSTRUCTION = re.compile(r" = (?:\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(")
+
 
 def state_of(model):
     """What a training step takes and returns, in Keras' order."""
@@ -122,3 +135,47 @@ def _without_names(body):
     return re.sub(
         r"%[\w.-]+", lambda m: str(numbers.setdefault(m[0], len(numbers))), body
     )
+
+
+def started_kernels(text):
+    """How many kernels a program of a GPU starts: at least, and at most.
+
+    They differ by the branches of conditionals. A loop counts as one.
+
+    Args:
+        text: String, the program's.
+
+    Returns:
+        Two Ints.
+    """
+    computations = {}
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+        if head:
+            name = "ENTRY" if head[1] else head[2]
+            lines = computations[name] = []
+        elif line.startswith("  "):
+            lines.append(line)
+
+    def count(name):
+        least = most = 0
+        for line in computations[name]:
+            found = INSTRUCTION.search(line)
+            if found is None or found[1] not in ("conditional", "call"):
+                is_kernel = found is not None and found[1] not in NO_KERNELS
+                least, most = least + is_kernel, most + is_kernel
+                continue
+            names = re.search(
+                r"(?:branch_computations|to_apply|calls)=(.*)", line
+            )
+            inner = names[1] if names else line[line.index("true_comp") :]
+            parts = [
+                count(part)
+                for part in re.findall(r"%?([\w.-]+)", inner)
+                if part in computations
+            ]
+            least += min(low for low, _ in parts)
+            most += max(high for _, high in parts)
+        return least, most
+
+    return count("ENTRY")

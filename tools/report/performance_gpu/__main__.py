@@ -4,6 +4,7 @@ from tools.report import pages
 from tools.report import performance_gpu
 from tools.report.performance_gpu.page import page
 from tools.report.performance_gpu.results import load
+from tools.report.performance_gpu.results import load_compiled
 
 
 def main():
@@ -15,7 +16,8 @@ def main():
         parser.error(
             f"{arguments.results} has no gpu-jax.json or gpu-torch.json"
         )
-    pages.write(arguments.output / "performance_gpu.md", page(found))
+    text = page(found, load_compiled(arguments.results))
+    pages.write(arguments.output / "performance_gpu.md", text)
 
 
 if __name__ == "__main__":

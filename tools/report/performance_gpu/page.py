@@ -28,13 +28,21 @@ def notes(found):
         if data.get("late"):
             names = ", ".join(data["late"])
             yield (
-                f"{BACKENDS[backend]}: these still compiled when the first "
+                f"{BACKENDS[backend]}: these weren't ready yet when the first "
                 f"took its turn, so times may be disturbed: {names}."
             )
 
 
-def sections(found):
+def sections(found, compiled):
     """What not every run has: JAX' programs, and prototypes."""
+    if compiled:
+        yield pages.fill(
+            __file__,
+            "compiled.md",
+            kernels=tables.kernels(compiled),
+            compiling=tables.compiling(compiled),
+            **{key: compiled[key] for key in ("device", "version", "date")},
+        )
     if "jax" in found:
         rows = {"jax": tables.programs(found["jax"])}
         yield pages.fill(__file__, "program.md", programs=by_backend(rows))
@@ -43,11 +51,22 @@ def sections(found):
         yield pages.fill(__file__, "prototypes.md", prototypes=prototypes)
 
 
-def page(found):
-    """The page, from what `load` returned."""
+def kernels_of(backend, data):
+    """Whether XLA tried out kernels. PyTorch doesn't compile any."""
+    if backend != "jax":
+        return "–"
+    return "tuned" if data.get("tunes") else "not tuned"
+
+
+def page(found, compiled=None):
+    """The page, from what `load` and `load_compiled` returned."""
     keys = ("version", "keras", "package", "device", "date")
     machines = [
-        [BACKENDS[backend], *(data.get(key) or "not noted" for key in keys)]
+        [
+            BACKENDS[backend],
+            *(data.get(key) or "not noted" for key in keys),
+            kernels_of(backend, data),
+        ]
         for backend, data in found.items()
     ]
 
@@ -63,5 +82,7 @@ def page(found):
         step_times=each(tables.step_times),
         first_steps=each(tables.first_steps),
         peaks=each(tables.peaks),
-        sections="".join(f"{section}\n" for section in sections(found)),
+        sections="".join(
+            f"{section}\n" for section in sections(found, compiled)
+        ),
     )

@@ -11,7 +11,8 @@ MODELS = {
 }
 DEFAULT = "AdaFisher, default"
 EVERY_100, EVERY_STEP = "AdaFisher, every 100", "AdaFisher, every step"
-OPTIMIZERS = ("SGD", "Muon", DEFAULT, EVERY_100, EVERY_STEP)
+MUON = "AdaFisherMuon"
+OPTIMIZERS = ("SGD", "Muon", DEFAULT, EVERY_100, EVERY_STEP, MUON)
 
 # What is to be at most how much, by backend. The keys are those of `ratios_of`.
 GOALS = {
@@ -21,8 +22,11 @@ GOALS = {
         EVERY_STEP: 1.15,
         "peak": 1.01,
         "first": 2.2,
+        MUON: 1.1,
+        "peak of Muon": 1.03,
+        "first of Muon": 1.5,
     },
-    "torch": {DEFAULT: 1.03, EVERY_STEP: 1.25},
+    "torch": {DEFAULT: 1.03, EVERY_STEP: 1.25, MUON: 1.1},
 }
 
 
@@ -33,6 +37,14 @@ def load(folder):
         for backend in BACKENDS
         if (path := folder / f"gpu-{backend}.json").exists()
     }
+
+
+def load_compiled(folder):
+    """What was compiled without a GPU, `None` if nothing was."""
+    path = folder / "programs.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def programs_of(row, kind):
@@ -56,11 +68,15 @@ def ratios_of(row):
         optimizer: ratio["median"]
         for optimizer, ratio in row.get("over Adam", {}).items()
     }
-    ratios["first"] = quotient(
-        programs_of(row, "first_seconds"), DEFAULT, "Adam"
-    )
-    ratios["peak"] = quotient(programs_of(row, "peak_bytes"), DEFAULT, "SGD")
-    return ratios
+    firsts = programs_of(row, "first_seconds")
+    peaks = programs_of(row, "peak_bytes")
+    return {
+        **ratios,
+        "first": quotient(firsts, DEFAULT, "Adam"),
+        "first of Muon": quotient(firsts, MUON, "Adam"),
+        "peak": quotient(peaks, DEFAULT, "SGD"),
+        "peak of Muon": quotient(peaks, MUON, "Adam"),
+    }
 
 
 def is_met(backend, key, ratio):

@@ -8,6 +8,7 @@ from tools.report.performance_gpu.results import EVERY_STEP
 from tools.report.performance_gpu.results import GOALS
 from tools.report.performance_gpu.results import is_met
 from tools.report.performance_gpu.results import MODELS
+from tools.report.performance_gpu.results import MUON
 from tools.report.performance_gpu.results import OPTIMIZERS
 from tools.report.performance_gpu.results import programs_of
 from tools.report.performance_gpu.results import quotient
@@ -19,6 +20,9 @@ GOAL_TITLES = {
     EVERY_STEP: "A step with `factor_update_steps=1`, next to Adam's",
     "peak": "Peak memory with the default settings, next to SGD's",
     "first": "The first step with the default settings, next to Adam's",
+    MUON: "A step of AdaFisherMuon, next to Adam's",
+    "peak of Muon": "Peak memory of AdaFisherMuon, next to Adam's",
+    "first of Muon": "The first step of AdaFisherMuon, next to Adam's",
 }
 
 
@@ -106,17 +110,25 @@ def first_steps(backend, data):
                     MODELS[model][0],
                     *(
                         number(seconds.get(optimizer), ".2f")
-                        for optimizer in ("SGD", "Adam", DEFAULT)
+                        for optimizer in ("Adam", DEFAULT, MUON)
                     ),
                     judged(backend, "first", ratios_of(row)["first"]),
                     number(quotient(worked, DEFAULT, "Adam"), ".2f"),
+                    judged(
+                        backend,
+                        "first of Muon",
+                        ratios_of(row)["first of Muon"],
+                    ),
+                    number(quotient(worked, MUON, "Adam"), ".2f"),
                 ]
             )
     return table(
         [
-            *("model", "SGD, s", "Adam, s", "AdaFisher, default, s"),
+            *("model", "Adam, s", "AdaFisher, default, s", "AdaFisherMuon, s"),
             titled(backend, "first", "default over Adam"),
             "processors, default over Adam",
+            titled(backend, "first of Muon", "AdaFisherMuon over Adam"),
+            "processors, AdaFisherMuon over Adam",
         ],
         rows,
     )
@@ -124,7 +136,7 @@ def first_steps(backend, data):
 
 def peaks(backend, data):
     """The table of peak memory."""
-    columns = ("SGD", "Adam", "Muon", DEFAULT, EVERY_STEP)
+    columns = ("SGD", "Adam", "Muon", DEFAULT, EVERY_STEP, MUON)
     rows = []
     for model, row in data["rows"].items():
         found = programs_of(row, "peak_bytes")
@@ -138,6 +150,9 @@ def peaks(backend, data):
                     ),
                     judged(backend, "peak", ratios_of(row)["peak"]),
                     number(quotient(found, EVERY_STEP, "SGD"), ".3f"),
+                    judged(
+                        backend, "peak of Muon", ratios_of(row)["peak of Muon"]
+                    ),
                 ]
             )
     return table(
@@ -145,6 +160,7 @@ def peaks(backend, data):
             *("model", *columns),
             titled(backend, "peak", "default over SGD"),
             "every step over SGD",
+            titled(backend, "peak of Muon", "AdaFisherMuon over Adam"),
         ],
         rows,
     )
@@ -152,7 +168,7 @@ def peaks(backend, data):
 
 def programs(data):
     """The table of conditionals and instructions."""
-    columns = (DEFAULT, EVERY_100, EVERY_STEP)
+    columns = (DEFAULT, EVERY_STEP, MUON)
     rows = []
     for model, row in data["rows"].items():
         conditionals = programs_of(row, "conditionals")
@@ -175,6 +191,78 @@ def programs(data):
             *(f"conditionals: {name}" for name in columns),
             *(f"instructions: {name}" for name in ("Adam", *columns)),
             "default over Adam",
+        ],
+        rows,
+    )
+
+
+def kernels(data):
+    """The table of kernels in programs that were compiled without a GPU."""
+    columns = (DEFAULT, MUON)
+    rows = []
+    for model, row in data["rows"].items():
+        counts = {name: facts["kernels"] for name, facts in row.items()}
+        plain = {name: least for name, (least, _) in counts.items()}
+        rows.append(
+            [
+                MODELS[model][0],
+                *(number(plain[name], ",d") for name in ("SGD", "Adam")),
+                *(
+                    number(count, ",d")
+                    for name in columns
+                    for count in counts[name]
+                ),
+                number(plain[EVERY_STEP], ",d"),
+                number(plain["Muon"], ",d"),
+                f"{quotient(plain, DEFAULT, 'Adam'):.2f}",
+                f"{quotient(plain, MUON, 'Adam'):.2f}",
+            ]
+        )
+    return table(
+        [
+            *("model", "SGD", "Adam"),
+            *(
+                f"{name}, {kind}"
+                for name in columns
+                for kind in ("most steps", "one that measures")
+            ),
+            *(EVERY_STEP, "Muon"),
+            "default over Adam, most steps",
+            "AdaFisherMuon over Adam, most steps",
+        ],
+        rows,
+    )
+
+
+def compiling(data):
+    """The table of their memory, and of what compiling takes."""
+    rows = []
+    for model, row in data["rows"].items():
+        peaks = {name: facts["peak_bytes"] for name, facts in row.items()}
+        worked = {
+            name: facts["processor_seconds"] for name, facts in row.items()
+        }
+        rows.append(
+            [
+                MODELS[model][0],
+                f"{peaks['SGD'] / 1e6:,.0f}",
+                judged("jax", "peak", quotient(peaks, DEFAULT, "SGD")),
+                f"{quotient(peaks, EVERY_STEP, 'SGD'):.3f}",
+                judged("jax", "peak of Muon", quotient(peaks, MUON, "Adam")),
+                number(worked["Adam"], ".1f"),
+                f"{quotient(worked, DEFAULT, 'Adam'):.2f}",
+                f"{quotient(worked, EVERY_STEP, 'Adam'):.2f}",
+                f"{quotient(worked, MUON, 'Adam'):.2f}",
+            ]
+        )
+    return table(
+        [
+            *("model", "peak of SGD, MB"),
+            titled("jax", "peak", "default over SGD"),
+            "every step over SGD",
+            titled("jax", "peak of Muon", "AdaFisherMuon over Adam"),
+            *("compiling Adam, processor seconds", "default over Adam"),
+            *("every step over Adam", "AdaFisherMuon over Adam"),
         ],
         rows,
     )
