@@ -179,10 +179,22 @@ def test_what_orthogonalization_costs(inputs, outputs, positions, costs_little):
     [
         (keras.layers.Dense(3), (None, 4), 1),
         (keras.layers.Dense(3), (None, 7, 4), 7),
-        # A length that varies counts as 64.
-        (keras.layers.Dense(3), (None, None, 4), 64),
+        # A length that varies counts as 256, and sides of images as 64 each.
+        (keras.layers.Dense(3), (None, None, 4), 256),
+        (keras.layers.Conv2D(3, 2), (None, None, None, 4), 4096),
         (keras.layers.Conv2D(3, 2, strides=2), (None, 8, 6, 4), 12),
         (keras.layers.EinsumDense("abc,cde->abde", (9, 2, 3)), (None, 9, 4), 9),
+        # The length isn't in what the layer is told of its outputs.
+        (
+            keras.layers.EinsumDense("abc,cde->abde", (None, 2, 3)),
+            (None, 9, 4),
+            9,
+        ),
+        (
+            keras.layers.EinsumDense("abcd,cde->abe", (None, 5)),
+            (None, None, 2, 3),
+            256,
+        ),
         # A cell runs once for each step of a sequence.
         (keras.layers.LSTMCell(3), (None, 4), 64),
     ],
@@ -192,6 +204,21 @@ def test_how_often_a_layer_uses_its_kernel(layer, shape, positions):
     keras_adafisher.wrap(layer)
     block = wrappers.wrapper_of(layer).blocks[0]
     assert orthogonal.positions_of(block, layer) == positions
+
+
+@pytest.mark.parametrize("length", [128, None])
+def test_attention_keeps_no_roots_where_its_length_is_known_or_usual(length):
+    """As little as the dense layers of a transformer do."""
+    inputs = keras.Input((length, 384))
+    attention = keras.layers.MultiHeadAttention(6, 64)
+    model = keras.Model(inputs, attention(inputs, inputs))
+    model.compile(keras_adafisher.AdaFisherMuon(), loss="mse")
+    directions = {
+        row.direction
+        for row in keras_adafisher.coverage(model).rows
+        if row.parameter.endswith("kernel")
+    }
+    assert directions == {"orthogonalized"}
 
 
 def test_a_layer_with_several_outputs():

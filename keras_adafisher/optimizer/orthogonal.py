@@ -40,11 +40,14 @@ LARGEST_BATCH_ON_ACCELERATOR = 2**24
 SMALL_SIDE = 64
 
 # An orthogonalization takes this share of a layer's own work at most, or its
-# root is kept. Taken for granted are so many examples in a batch, and positions
-# on an axis whose length varies or isn't known.
+# root is kept. Taken for granted are so many examples in a batch, and, where it
+# varies or isn't known, so many steps of a recurrent layer, so long a sequence,
+# and so many pixels along each side of an image.
 LARGEST_SHARE = 0.5
 USUAL_BATCH = 64
-USUAL_LENGTH = 64
+USUAL_STEPS = 64
+USUAL_LENGTH = 256
+USUAL_SIDE = 64
 
 
 @dataclasses.dataclass
@@ -418,20 +421,30 @@ def positions_of(block, layer):
 
     Returns:
         Int. For a recurrent cell, which runs once for each step of a sequence
-        whose length it doesn't know, `USUAL_LENGTH`. 1 for other layers of
+        whose length it doesn't know, `USUAL_STEPS`. 1 for other layers of
         which it isn't known.
     """
     if block.is_estimated:
-        return USUAL_LENGTH
+        return USUAL_STEPS
     has_shape = type(layer).compute_output_shape is not (
         keras.layers.Layer.compute_output_shape
     )
     inputs = (layer.get_build_config() or {}).get("input_shape")
     if not has_shape or not inputs:
         return 1
-    outputs = layer.compute_output_shape(inputs)
-    if not all(size is None or is_integer(size) for size in outputs):
+    shape, entries = layer.compute_output_shape(inputs), block.gradient_shape
+    if not _is_shape(shape):
         # A layer with several outputs.
         return 1
-    size = math.prod(USUAL_LENGTH if s is None else s for s in outputs[1:])
-    return max(1, size // math.prod(block.gradient_shape))
+    if None in shape[1:] and _is_shape(inputs) and None not in inputs[1:]:
+        # `EinsumDense` forgets how long its inputs are if its `output_shape`
+        # doesn't say it, as in `MultiHeadAttention`.
+        shape, entries = inputs, block.activation_shape
+    sizes = list(shape[1:])
+    usual = USUAL_LENGTH if sizes.count(None) == 1 else USUAL_SIDE
+    size = math.prod(usual if size is None else size for size in sizes)
+    return max(1, size // math.prod(entries))
+
+
+def _is_shape(shape):
+    return all(size is None or is_integer(size) for size in shape)
