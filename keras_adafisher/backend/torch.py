@@ -221,11 +221,13 @@ half_matmul = precise_matmul
 
 
 def quadratic(x, coefficients, matmul):
-    # Three operations. One by one, they are seven.
+    # Two operations. One by one, they are seven.
     a, b, c = coefficients
-    rest = b * x
-    rest.diagonal(dim1=-2, dim2=-1).add_(a)
-    return torch.baddbmm(rest, x, x, alpha=c)
+    found = torch.baddbmm(x, x, x, beta=b, alpha=c)
+    # Only now, since it is so large that a sum that began with it would lose
+    # digits with each of the others.
+    found.diagonal(dim1=-2, dim2=-1).add_(a)
+    return found
 
 
 def take(x, indices):
