@@ -34,6 +34,7 @@ from gpu_models import make_task
 from gpu_models import MODELS
 from gpu_models import OPTIMIZERS
 from jax.experimental import topologies
+from jax_program import fit_step
 from jax_program import peak_bytes
 from jax_program import started_kernels
 from jax_program import state_of
@@ -102,23 +103,15 @@ def sharding():
 
 def compiled(task, optimizer, place):
     """The program of a training step, as `gpu_worker.py` has it."""
-    task.compile(optimizer)
-    model = task.model
-    optimizer.build(model.trainable_variables)
-    model.make_train_function()
-
-    def step(state, data):
-        return model.train_function(state, iter([data]))
-
+    step = fit_step(task, optimizer)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         (
-            state_of(model),
+            state_of(task.model),
             (jax.numpy.asarray(task.x), jax.numpy.asarray(task.y)),
         ),
     )
-    traced = jax.jit(step, donate_argnums=0).trace(*arguments)
-    lowered = traced.lower(lowering_platforms=("cuda",))
+    lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",))
     start = time.process_time()
     program = lowered.compile()
     return program, time.process_time() - start

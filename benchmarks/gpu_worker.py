@@ -61,22 +61,12 @@ class JaxProgram:
 
     def __init__(self, task, optimizer):
         import jax
+        from jax_program import fit_step
         from jax_program import state_of
 
-        task.compile(optimizer)
-        model = task.model
-        # As `fit` does it before it makes the function.
-        optimizer.build(model.trainable_variables)
-        model.make_train_function()
-
-        def step(state, data):
-            return model.train_function(state, iter([data]))
-
+        step = fit_step(task, optimizer)
         self._data = jax.device_put((task.x, task.y))
-        self._state = state_of(model)
-        # Keras' function compiles when it is called, and keeps the program to
-        # itself. One around it is compiled to the same, and can be asked.
-        step = jax.jit(step, donate_argnums=0)
+        self._state = state_of(task.model)
         self._lowered = step.lower(self._state, self._data)
         self.steps = 0
 

@@ -38,6 +38,31 @@ def step_of(model):
     return keras_adafisher.training_step(model.optimizer)(model.train_step)
 
 
+def fit_step(task, optimizer):
+    """What `fit` calls for each batch, as a function that JAX can compile.
+
+    Keras' function compiles when it is called, and keeps the program to itself.
+    One around it is compiled to the same, and can be asked.
+
+    Args:
+        task: `Task`, not compiled.
+        optimizer: `keras.optimizers.Optimizer`.
+
+    Returns:
+        Function of the model's state, see `state_of`, and a batch.
+    """
+    task.compile(optimizer)
+    model = task.model
+    # As `fit` does it before it makes the function.
+    optimizer.build(model.trainable_variables)
+    model.make_train_function()
+
+    def step(state, data):
+        return model.train_function(state, iter([data]))
+
+    return jax.jit(step, donate_argnums=0)
+
+
 def compiled_step(model, x, y):
     """The compiled training step of a compiled model, for one batch."""
     data = x, y, None
@@ -69,10 +94,9 @@ def distinct_kernels(program):
     once. Those that a library computes, sums of squares for instance, and
     operations that aren't fused aren't compiled.
     """
-    bodies = {}
-    for body in re.findall(r"^%[^\n]*\{\n.*?^\}", program, re.M | re.S):
-        name = re.match(r"%[\w.-]+", body)[0]
-        bodies[name] = _without_names(body)
+    bodies = {
+        name: _without_names(body) for name, body in _bodies(program)[0].items()
+    }
     kernels = set()
     for line in re.findall(r" fusion\([^\n]*", program):
         if "__ynn_fusion" not in line:
@@ -93,13 +117,7 @@ def instructions(program, conditional_branch=None):
         conditional_branch: Int or `None`. If an int, only those count that run
             if the program's one condition takes that branch. 0 is for false.
     """
-    bodies = {}
-    entry = None
-    for match in re.finditer(
-        r"^(ENTRY )?(%[\w.-]+)[^\n]*\{\n(.*?)^\}", program, re.M | re.S
-    ):
-        bodies[match[2]] = match[3]
-        entry = match[2] if match[1] else entry
+    bodies, entry = _bodies(program)
 
     def count(name):
         total = 0
@@ -116,6 +134,50 @@ def instructions(program, conditional_branch=None):
     return count(entry)
 
 
+def started_kernels(program):
+    """How many kernels a program of a GPU starts: at least, and at most.
+
+    They differ by the branches of conditionals. A loop counts as one.
+
+    Args:
+        program: String.
+
+    Returns:
+        Two Ints.
+    """
+    bodies, entry = _bodies(program)
+
+    def count(name):
+        least = most = 0
+        for line in bodies[name].splitlines():
+            found = INSTRUCTION.search(line)
+            kind = found and found[1]
+            if kind == "conditional":
+                parts = [count(branch) for branch in _branches(line)]
+            elif kind == "call":
+                parts = [count(re.search(r"to_apply=(%[\w.-]+)", line)[1])]
+            else:
+                is_kernel = found is not None and kind not in NO_KERNELS
+                parts = [(is_kernel, is_kernel)]
+            least += min(low for low, _ in parts)
+            most += max(high for _, high in parts)
+        return least, most
+
+    return count(entry)
+
+
+def _bodies(program):
+    """Dict from a computation's name to its lines, and the first one's name."""
+    bodies = {}
+    entry = None
+    for match in re.finditer(
+        r"^(ENTRY )?(%[\w.-]+)[^\n]*\{\n(.*?)^\}", program, re.M | re.S
+    ):
+        bodies[match[2]] = match[3]
+        entry = match[2] if match[1] else entry
+    return bodies, entry
+
+
 def _branches(line):
     """The names of a condition's branches, that for false first."""
     both = re.search(
@@ -128,54 +190,8 @@ def _branches(line):
 
 
 def _without_names(body):
-    # Its first line has names of another form.
-    body = body.split("\n", 1)[1]
     body = re.sub(r", (metadata=\{[^}]*\}|backend_config=[^\n]*)", "", body)
     numbers = {}
     return re.sub(
         r"%[\w.-]+", lambda m: str(numbers.setdefault(m[0], len(numbers))), body
     )
-
-
-def started_kernels(text):
-    """How many kernels a program of a GPU starts: at least, and at most.
-
-    They differ by the branches of conditionals. A loop counts as one.
-
-    Args:
-        text: String, the program's.
-
-    Returns:
-        Two Ints.
-    """
-    computations = {}
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
-        if head:
-            name = "ENTRY" if head[1] else head[2]
-            lines = computations[name] = []
-        elif line.startswith("  "):
-            lines.append(line)
-
-    def count(name):
-        least = most = 0
-        for line in computations[name]:
-            found = INSTRUCTION.search(line)
-            if found is None or found[1] not in ("conditional", "call"):
-                is_kernel = found is not None and found[1] not in NO_KERNELS
-                least, most = least + is_kernel, most + is_kernel
-                continue
-            names = re.search(
-                r"(?:branch_computations|to_apply|calls)=(.*)", line
-            )
-            inner = names[1] if names else line[line.index("true_comp") :]
-            parts = [
-                count(part)
-                for part in re.findall(r"%?([\w.-]+)", inner)
-                if part in computations
-            ]
-            least += min(low for low, _ in parts)
-            most += max(high for _, high in parts)
-        return least, most
-
-    return count("ENTRY")

@@ -3,44 +3,45 @@
     make quality-gpu
 
 It learns the source text of installed packages, byte by byte. A process for
-each optimizer tries learning rates a factor of two apart, then other momentum
-at the best, then fresh seeds; all at once, since no loss depends on how long
-anything takes. None starts after `--seconds`. What they find is in
+each optimizer tunes it, trains fresh seeds of what tuning chose, and
+AdaFisherMuon without its factors; all at once, since no loss depends on how
+long anything takes. No run starts after `--seconds`. What they find is in
 benchmarks/results/gpu/quality.json.
 
-AdaFisherMuon is trained without its factors too. What a step takes on a GPU is
-in docs/performance_gpu.md. Needs what `benchmarks/gpu.py` needs, with JAX only,
-and mlxtend and scikit-learn. `--tiny` is a trial on a CPU.
+What a step takes on a GPU is in docs/performance_gpu.md. Needs what
+`benchmarks/gpu.py` needs, with JAX only, and mlxtend and scikit-learn. `--tiny`
+is a trial on a CPU.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
 
-os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("NPROC", str(os.cpu_count()))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+from gpu import check_gpu
+from gpu import environment
+from gpu import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("keras", "jax", "numpy", "scipy", "sklearn")
-# The learning rates that tuning starts around.
-RIVALS = {
+# The learning rates that tuning starts around. Larger models want lower ones
+# than those of `quality_rivals.py`.
+CENTRES = {
     "AdamW": 2e-3,
     "Nadam": 2e-3,
-    "Muon": 1e-2,
+    "Muon": 5e-3,
     "AdaFisherMuon": 2e-2,
 }
+TASK = "25 million weights"
 SIZES = {"size": 512, "depth": 8, "length": 256, "batch": 64}
-STEPS, PARTS = 50, 8
+SCHEDULE = {"steps": 50, "parts": 8}
 TINY = {"size": 8, "depth": 1, "length": 8, "batch": 4}
-FRESH_SEEDS = (1, 2)
+TINY_SCHEDULE = {"steps": 2, "parts": 2}
 
 
 def source_bytes(count):
@@ -61,125 +62,82 @@ def source_bytes(count):
     return text
 
 
-def make_task(size, depth, length, batch, steps=STEPS, parts=PARTS):
+def make_task(size, depth, length, batch, steps, parts):
     """The GPT, and as many windows of text as its steps see."""
     import keras
     import numpy as np
 
-    from benchmarks.models import Positions
-    from benchmarks.models import transformer
-    from benchmarks.quality_tasks import QualityTask
-    from benchmarks.quality_tasks import split
+    from benchmarks import quality_tasks
 
     held_out = 5 * batch
     count = steps * parts * batch + 2 * held_out
     text = np.frombuffer(source_bytes(count * (length + 1)), "uint8")
-    windows = text[: len(text) // (length + 1) * (length + 1)]
-    windows = windows.reshape(-1, length + 1).astype("int32")
-    chosen = np.random.default_rng(0).permutation(len(windows))[:count]
-    windows = windows[chosen]
-
-    def make_model():
-        keras.config.set_dtype_policy("mixed_bfloat16")
-        inputs = keras.Input((length,), dtype="int32")
-        h = keras.layers.Embedding(256, size)(inputs)
-        h = Positions(length)(h)
-        h = transformer(h, size, depth, causal=True)
-        # The loss needs more than bfloat16's eight bits.
-        return keras.Model(inputs, keras.layers.Dense(256, dtype="float32")(h))
-
-    return QualityTask(
-        make_model,
-        *split(windows[:, :-1], windows[:, 1:], held_out, held_out),
+    x, y = quality_tasks.windows(text.astype("int32"), length, count)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    return quality_tasks.QualityTask(
+        lambda: quality_tasks.language_model(256, length, size, depth),
+        *quality_tasks.split(x, y, held_out, held_out),
         batch_size=batch,
-        parts=parts,
         steps=steps,
+        parts=parts,
         score="loss",
     )
 
 
-class Tuning:
-    """What is tried of one optimizer.
-
-    Args:
-        name: String.
-        path: Where the runs are kept.
-        end: Time after which no run starts.
-        task: `QualityTask`.
-    """
-
-    def __init__(self, name, path, end, task):
-        from benchmarks import quality_rivals
-        from benchmarks.training import Trainer
-
-        self._rival = quality_rivals.RIVALS[name]
-        self._path, self._end = path, end
-        self._trainer = Trainer(task, self._rival.make, self._rival.traced)
-        self.runs = []
-
-    def loss(self, rate, momentum=None, seed=0, **settings):
-        """The lowest validation loss of a run; none has two."""
-        key = {"rate": rate, "momentum": momentum, "seed": seed, **settings}
-        for run in self.runs:
-            if run["key"] == key:
-                return run["lowest"]
-        if time.time() > self._end:
-            raise TimeoutError
-        if momentum is not None:
-            settings[self._rival.momentum] = momentum
-        decays = [name for name in self._rival.tuned if "decay" in name]
-        settings = {**dict.fromkeys(decays, 0.1), **settings}
-        start = time.time()
-        run = self._trainer.run(rate, seed, **settings)
-        self.runs.append(
-            {
-                "key": key,
-                "lowest": run.lowest,
-                "validation": [round(loss, 5) for loss in run.validation],
-                "seconds": round(time.time() - start, 2),
-            }
-        )
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.runs))
-        temporary.replace(self._path)
-        print(self._path.stem, self.runs[-1], flush=True)
-        return run.lowest
-
-    def all(self, centre):
-        """Learning rates around a centre, other momentum, fresh seeds."""
-        losses = {o: self.loss(centre * 2.0**o) for o in (0, 1, -1)}
-        while True:
-            best = min(losses, key=losses.get)
-            new = [o for o in (best - 1, best + 1) if o not in losses]
-            if not new or len(losses) > 5:
-                break
-            losses[new[0]] = self.loss(centre * 2.0 ** new[0])
-        rate = centre * 2.0**best
-        momentums = {None: losses[best]}
-        for other in self._rival.others:
-            momentums[other] = self.loss(rate, other)
-        momentum = min(momentums, key=momentums.get)
-        for seed in FRESH_SEEDS:
-            self.loss(rate, momentum, seed)
-        if "factor_damping" in self._rival.tuned:
-            # Without its factors.
-            for octave in (0, 1, -1):
-                self.loss(rate * 2.0**octave, momentum, factor_damping=1e6)
-
-
 def measure(name, folder, end, tiny):
     """Try one optimizer, in this process."""
-    import jax
-
+    from benchmarks import quality
     from benchmarks.common import machine
 
-    if not tiny and jax.default_backend() == "cpu":
-        raise SystemExit("No GPU for JAX. `--tiny` is a trial on a CPU.")
-    (folder / "machine.json").write_text(json.dumps(machine()))
-    task = make_task(**TINY, steps=2, parts=2) if tiny else make_task(**SIZES)
-    tuning = Tuning(name, folder / f"{name}.json", end, task)
+    # That is where `Contest` looks for them.
+    quality.TASKS[TASK] = lambda: (
+        make_task(**TINY, **TINY_SCHEDULE)
+        if tiny
+        else make_task(**SIZES, **SCHEDULE)
+    )
+    rival = dataclasses.replace(quality.RIVALS[name], centre=CENTRES[name])
+    quality.RIVALS[name] = rival
+    runs = []
+
+    class Contest(quality.Contest):
+        """Keeps each run as soon as it is there."""
+
+        def run(self, rate, seed, *args, **kwargs):
+            if time.time() > end:
+                raise TimeoutError
+            start = time.time()
+            run = super().run(rate, seed, *args, **kwargs)
+            names = ("parts", "momentum", "decay", "is_form")
+            given = dict(zip(names, args, strict=False))
+            key = {"rate": rate, "seed": seed, **given, **kwargs}
+            runs.append(
+                {
+                    "key": {n: v for n, v in key.items() if v is not None},
+                    **quality.as_row(run),
+                    "lowest": quality.short(run.lowest),
+                    "seconds": round(time.time() - start, 2),
+                }
+            )
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps({**machine(), "runs": runs}))
+            print(name, runs[-1], flush=True)
+            return run
+
+    plan = quality.Plan(3, 3, 1, 2, 0, 0)
+    contest = Contest(TASK, name, ratio=1, plan=plan)
     try:
-        tuning.all(RIVALS[name])
+        found = contest.rates()
+        contest.steps(found)
+        if name == "AdaFisherMuon":
+            for factor in (0.5, 1, 2):
+                contest.run(
+                    factor * found["learning_rate"],
+                    0,
+                    None,
+                    found["momentum"],
+                    found["decay"],
+                    factor_damping=1e6,
+                )
     except TimeoutError:
         print(f"{name}: out of time", flush=True)
 
@@ -188,16 +146,17 @@ def collected(folder, level):
     """What all processes found, `None` if that is nothing."""
     found = {
         name: json.loads(path.read_text())
-        for name in RIVALS
+        for name in CENTRES
         if (path := folder / f"{name}.json").exists()
     }
     if not found:
         return None
+    runs = {name: data.pop("runs") for name, data in found.items()}
     return {
         "level": level,
         "date": datetime.date.today().isoformat(),
-        **json.loads((folder / "machine.json").read_text()),
-        "optimizers": found,
+        **next(iter(found.values())),
+        "optimizers": runs,
     }
 
 
@@ -210,7 +169,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--results", type=pathlib.Path)
     # Of the processes that this one starts.
-    parser.add_argument("--optimizer", choices=RIVALS)
+    parser.add_argument("--optimizer", choices=CENTRES)
     parser.add_argument("--end", type=float)
     arguments = parser.parse_args()
     if arguments.optimizer:
@@ -221,6 +180,8 @@ def main():
             arguments.tiny,
         )
         return
+    if not arguments.tiny:
+        check_gpu(["jax"])
     level = "tiny" if arguments.tiny else "gpu"
     target = arguments.results or ROOT / "benchmarks" / "results" / level
     end = time.time() + arguments.seconds
@@ -231,9 +192,9 @@ def main():
         processes = [
             subprocess.Popen(
                 [*command, f"--optimizer={rival}"],
-                env={**os.environ, "PYTHONPATH": _path()},
+                env=environment("jax", arguments.tiny),
             )
-            for rival in RIVALS
+            for rival in CENTRES
         ]
         codes = [process.wait() for process in processes]
         results = collected(folder, level)
@@ -242,11 +203,6 @@ def main():
         text = json.dumps(results, indent=1) + "\n"
         (target / "quality.json").write_text(text)
     sys.exit(any(codes))
-
-
-def _path():
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    return os.pathsep.join(path for path in paths if path)
 
 
 if __name__ == "__main__":

@@ -263,24 +263,31 @@ def python_source(pattern, length, count):
     # Printable ASCII and the newline; all else is one character more.
     codes = np.frombuffer(text.encode("ascii", "replace"), "uint8")
     ids = np.where(codes >= 32, codes - 32, CHARACTERS - 1).astype("int32")
-    windows = ids[: len(ids) // (length + 1) * (length + 1)]
-    windows = windows.reshape(-1, length + 1)
-    order = np.random.default_rng(0).permutation(len(windows))[:count]
-    return windows[order, :-1], windows[order, 1:]
+    return windows(ids, length, count)
+
+
+def windows(ids, length, count):
+    """Windows of a text in a random order, and what follows each symbol."""
+    rows = ids[: len(ids) // (length + 1) * (length + 1)]
+    rows = rows.reshape(-1, length + 1)
+    order = np.random.default_rng(0).permutation(len(rows))[:count]
+    return rows[order, :-1], rows[order, 1:]
+
+
+def language_model(symbols, length, size, depth):
+    """A GPT. Its outputs are in single precision, whatever layers are in."""
+    inputs = keras.Input((length,), dtype="int32")
+    h = layers.Embedding(symbols, size)(inputs)
+    h = Positions(length)(h)
+    h = transformer(h, size, depth, causal=True)
+    return keras.Model(inputs, layers.Dense(symbols, dtype="float32")(h))
 
 
 def character_gpt(
     pattern="[a-d]*.py", length=32, size=48, depth=2, count=10240, **schedule
 ):
-    def make_model():
-        inputs = keras.Input((length,), dtype="int32")
-        h = layers.Embedding(CHARACTERS, size)(inputs)
-        h = Positions(length)(h)
-        h = transformer(h, size, depth, causal=True)
-        return keras.Model(inputs, layers.Dense(CHARACTERS)(h))
-
     return QualityTask(
-        make_model,
+        lambda: language_model(CHARACTERS, length, size, depth),
         *split(*python_source(pattern, length, count), 320, 320),
         batch_size=16,
         **{"parts": 16, "steps": 28, **schedule},
