@@ -30,10 +30,12 @@ def test_distributed_data_parallel():
     assert result["difference_estimated"] <= 2e-6
 
     # Each process orthogonalizes what all of them have. The smallest singular
-    # values are rounding errors, which that makes large: with other seeds, it
-    # is between 6e-7 and 1.2e-5.
-    assert result["difference_orthogonalized"] <= 2e-5
-    assert result["difference_resting"] <= 2e-5
+    # values are rounding errors, which that makes large, so that how far they
+    # are apart is chance. The median of four seeds, and the largest.
+    assert result["difference_orthogonalized"] <= 1e-5
+    assert result["difference_resting"] <= 1e-5
+    assert result["largest_difference_orthogonalized"] <= 2e-5
+    assert result["largest_difference_resting"] <= 2e-5
 
     # One transfer for all probes, and none at steps that don't measure: for
     # each weight a number per row, a number per column, and the calls.
