@@ -155,10 +155,20 @@ def operations_of_vit(optimizer, steps, kind="operations", sizes=None):
 SMALL = {"size": 8, "batch": 1, "image": 8}
 
 
-def test_kernels_of_a_step_that_does_not_measure(record_property, monkeypatch):
-    """One for each of the 39 variables beside what Adam starts."""
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """What is done there, on a CPU."""
+    monkeypatch.setattr(backend, "has_accelerator", lambda: True)
+    monkeypatch.setattr(backend, "half_precision", lambda: "float16")
+    monkeypatch.setattr(torch_update, "_can_be_read", lambda rate: False)
     monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
     monkeypatch.setattr(torch_diagonals, "_SLOW_ADDCMUL", {})
+
+
+def test_kernels_of_a_step_that_does_not_measure(
+    record_property, on_an_accelerator
+):
+    """One for each of the 39 variables beside what Adam starts."""
     *_, adam = operations_of_vit(keras.optimizers.Adam(), 2, "kernels", SMALL)
     ours = operations_of_vit(keras_adafisher.AdaFisher(), 12, "kernels", SMALL)
     *_, measures, plain = ours
@@ -183,16 +193,6 @@ def test_operations_where_kernels_move_at_every_second_step(record_property):
     )
     assert moves <= 1000
     assert rests <= adamw + 5
-
-
-@pytest.fixture
-def on_an_accelerator(monkeypatch):
-    """What is done there, on a CPU."""
-    monkeypatch.setattr(backend, "has_accelerator", lambda: True)
-    monkeypatch.setattr(backend, "half_precision", lambda: "float16")
-    monkeypatch.setattr(torch_update, "_can_be_read", lambda rate: False)
-    monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
-    monkeypatch.setattr(torch_diagonals, "_SLOW_ADDCMUL", {})
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,12 @@ class TorchUpdateMixin:
             )
             size *= (1 - self.adam_beta_2 ** self._step_now()) ** 0.5
         is_bounded = is_factored and self._mean_squares is not None
+        if is_bounded:
+            places = [self._mean_squares.places[index] for index in indices]
         fishers = [self._fishers[index] for index in indices]
         for cut, value in _parts(values, fishers):
             momentum, gradient = _sliced(cut, momentums, gradients)
             if is_bounded:
-                places = [self._mean_squares.places[i] for i in indices]
                 denominator = self._scaled_factors.denominators(places, cut)
             elif is_factored:
                 denominator = denominators_of(fishers, self.damping, cut)
