@@ -40,8 +40,11 @@ def test_data_parallel():
 def test_orthogonalized_steps(name):
     """Kernels and momentums stay split, whatever their matrices are."""
     result = devices()[name]
+    # Orthogonalization makes singular values that are rounding errors large, so
+    # that how far devices are apart is chance: up to 5e-6 with JAX 0.10, and
+    # 1.3e-5 with 0.12.
     assert result["difference_DataParallel"] <= 1e-5
-    assert result["difference_ModelParallel"] <= 1e-5
+    assert result["difference_ModelParallel"] <= 2e-5
     assert result["splits"] == ["einsum/kernel", "muon/einsum_kernel_momentum"]
 
 
