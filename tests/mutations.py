@@ -24,6 +24,7 @@ MEASURING = "optimizer/measuring.py"
 STATE = "optimizer/state.py"
 RULE = "optimizer/update_rule.py"
 SQUARES = "optimizer/update_rms.py"
+MUON = "optimizer/adafisher_muon.py"
 ORTHOGONAL = "optimizer/orthogonal.py"
 ORTHOGONALIZATION = "optimizer/orthogonalization.py"
 STORE = "factors/store.py"
@@ -266,6 +267,31 @@ MUTATIONS = [
         "found.update(batch.directions(step, interval))",
         "found.update(batch.directions(step, 1))",
         "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
+        "weights = frequencies / backend.filled(mean, is_zero, 1.0)",
+        "weights = 1 + 0 * frequencies",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
+        "weights = backend.filled(weights, is_zero, 1.0)",
+        "pass",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
+        "return learning_rate * self.adam_lr_ratio",
+        "return learning_rate",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        UPDATES,
+        "if index not in self._directions():",
+        "if True:",
+        "test_adafisher_muon",
+        "jax",
     ),
     Mutation(
         ORTHOGONAL,

@@ -197,10 +197,66 @@ def test_what_is_not_orthogonalized_is_as_adafisher_has_it():
     assert_same(run(ours), run(plain))
 
 
+def embedding(optimizer):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(8, 2)]
+    )
+    model.compile(optimizer, loss=product_loss)
+    return model
+
+
+def test_how_large_steps_of_embeddings_are():
+    """Not the mean square over rows, most of which a batch doesn't use."""
+    model = embedding(
+        AdaFisherMuon(0.1, adam_weight_decay=None, adam_epsilon=0.0)
+    )
+    (before,) = weights(model)
+    ids = [3, 3, 3, 3, 0, 7]
+    s = np.random.default_rng(0).normal(size=(6, 2))
+    model.train_on_batch(np.array([ids]), s[None].astype("float32"))
+    one_hot = np.eye(8)[ids]
+    factors = reference.LinearFactors(8, 2, 0, "mean")
+    factors.update(one_hot, s, 0.2, 0.2)
+    fisher, _ = factors.fisher(1.0)
+    quotient = one_hot.T @ s / s.size / fisher
+    # An id that makes up so much of the batches counts as much.
+    share = factors.h / factors.h.sum()
+    size = np.sum(share * np.mean(quotient**2, axis=1)) ** 0.5
+    expected = before - 0.1 * np.clip(quotient / size, -1, 1)
+    assert_close(weights(model), [expected], tolerance=1e-5)
+    assert size > 1.05 * np.mean(quotient**2) ** 0.5
+
+
+@pytest.mark.parametrize("normalization", ["mean", "min_max"])
+def test_steps_of_positions_are_as_adafisher_has_them(normalization):
+    """Each row is used as often as all others. Min–Max makes zeros of that."""
+    # Nothing is left of the ones that factors start with.
+    settings = {
+        "gamma_1": 1 - 1e-12,
+        "factor_update_steps": 1,
+        "normalization": normalization,
+    }
+    found = []
+    for make in (
+        functools.partial(AdaFisherMuon, adam_weight_decay=None),
+        keras_adafisher.AdaFisher,
+    ):
+        model = embedding(make(0.1, **settings))
+        for seed in range(5):
+            s = np.random.default_rng(seed).normal(size=(4, 6, 2))
+            ids = np.arange(24).reshape(4, 6) % 8
+            model.train_on_batch(ids, s.astype("float32"))
+        found.append(weights(model))
+    assert_close(*found, tolerance=1e-6)
+
+
 def test_kernels_and_all_else_decay_by_different_amounts():
     """Gradients of zero make steps of zero."""
     model = mlp()
-    optimizer = AdaFisherMuon(0.5, weight_decay=0.2, adam_weight_decay=0.1)
+    optimizer = AdaFisherMuon(
+        0.5, weight_decay=0.2, adam_weight_decay=0.1, adam_lr_ratio=0.25
+    )
     model.compile(optimizer, loss=cross_entropy())
     first, second = model.layers
     for layer in (first, second):
@@ -219,6 +275,48 @@ def test_kernels_and_all_else_decay_by_different_amounts():
     before = weights(model)
     optimizer.apply([ops.zeros(v.shape) for v in variables], variables)
     assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("rms_decay", [0.99, None])
+def test_all_else_has_a_learning_rate_of_its_own(rms_decay):
+    """Embeddings, normalizations, biases, and what has no factors."""
+
+    def changes(learning_rate, ratio):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((3,), dtype="int32"),
+                keras.layers.Embedding(5, 4),
+                keras.layers.Dense(6),
+                keras.layers.LayerNormalization(),
+                keras.layers.PReLU(),
+            ]
+        )
+        model.compile(
+            AdaFisherMuon(
+                learning_rate,
+                adam_lr_ratio=ratio,
+                rms_decay=rms_decay,
+                weight_decay=None,
+                adam_weight_decay=None,
+            ),
+            loss="mse",
+        )
+        kernel = model.layers[1].kernel.path
+        before = {v.path: to_numpy(v) for v in model.trainable_variables}
+        x = np.arange(12).reshape(4, 3) % 5
+        model.train_on_batch(x, np.linspace(-1, 1, 72).reshape(4, 3, 6))
+        found = [
+            to_numpy(v) - before[v.path] for v in model.trainable_variables
+        ]
+        names = [v.path for v in model.trainable_variables]
+        return found.pop(names.index(kernel)), found
+
+    kernel, others = changes(0.5, 0.25)
+    same_kernel, _ = changes(0.5, 1.0)
+    _, same_others = changes(0.125, 1.0)
+    assert_close([kernel], [same_kernel], tolerance=1e-6)
+    assert_close(others, same_others, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("name", ["no bias", "no kernel", "excluded"])
@@ -290,18 +388,21 @@ def test_the_config():
         keep_roots=True,
         kernel_update_steps=2,
         exclude_layers=["head"],
+        adam_lr_ratio=0.25,
         beta=0.5,
     )
     config = keras.optimizers.serialize(optimizer)
     copy = keras.optimizers.deserialize(config)
     assert copy.get_config() == optimizer.get_config()
     assert copy.get_config()["exclude_layers"] == ["head"]
+    assert copy.get_config()["adam_lr_ratio"] == 0.25
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"factor_damping": 0}, "`factor_damping` must be a float > 0"),
+        ({"adam_lr_ratio": 0}, "`adam_lr_ratio` must be "),
         ({"adam_weight_decay": -1}, "`adam_weight_decay` must be "),
         ({"ns_steps": 0}, "`ns_steps` must be an integer from 1 to 6"),
         ({"kernel_update_steps": 0}, "`kernel_update_steps` must be an int"),
@@ -363,7 +464,11 @@ def test_an_orthogonalized_kernel_has_no_rate_for_each_entry():
     model.compile(AdaFisherMuon(), loss=cross_entropy())
     train(model, range(1))
     layer = model.layers[0]
-    assert model.optimizer.effective_learning_rate(layer.bias).shape == (5,)
+    rate = to_numpy(model.optimizer.effective_learning_rate(layer.bias))
+    assert rate.shape == (5,)
+    model.optimizer.adam_lr_ratio = 0.25
+    found = to_numpy(model.optimizer.effective_learning_rate(layer.bias))
+    assert_close([found], [rate / 4], tolerance=1e-6)
     with pytest.raises(
         ValueError, match="steps of this one are orthogonalized"
     ):

@@ -7,6 +7,7 @@ from typing import Literal
 from typing import Self
 
 import keras
+from keras import ops
 
 from keras_adafisher import backend
 from keras_adafisher.aliases import LearningRate
@@ -20,6 +21,7 @@ from keras_adafisher.optimizer.orthogonal import Kernel
 from keras_adafisher.optimizer.orthogonal import OrthogonalSteps
 from keras_adafisher.optimizer.orthogonal import positions_of
 from keras_adafisher.wrappers.block import Block
+from keras_adafisher.wrappers.embedding import EmbeddingBlock
 
 # What `direction_of` says of kernels with a kept root.
 KEPT = "orthogonalized, root kept"
@@ -48,9 +50,11 @@ class AdaFisherMuon(AdaFisher):
     filters, each group by itself), transposed ones too, of recurrent layers,
     and of experts (each by itself). Embeddings, normalizations, depthwise
     kernels and biases take `AdaFisher`'s own step with the same learning rate,
-    and what has no factors takes AdamW's. `keras_adafisher.coverage(model)`
-    tells for each parameter. Unlike with `keras.optimizers.Muon`, the kernel of
-    the last layer needn't be excluded.
+    and what has no factors takes AdamW's. The size of embeddings' steps is
+    measured over the ids of a batch, not over the rows of their table, most of
+    which are used rarely. `keras_adafisher.coverage(model)` tells for each
+    parameter which step it takes. Unlike with `keras.optimizers.Muon`, the
+    kernel of the last layer needn't be excluded.
 
     Orthogonalizing takes about `4 m² n + 30 m³` operations for an `m` by `n`
     kernel, `m` the smaller side, each time. Next to the layer's own work,
@@ -108,6 +112,10 @@ class AdaFisherMuon(AdaFisher):
             for in the paths of variables, with and without the model's name.
             Kernels with one of them take `AdaFisher`'s own step. It can't be
             changed once the optimizer is built. Defaults to `None`.
+        adam_lr_ratio: A positive float. The learning rate of all parameters
+            whose steps aren't orthogonalized, as a share of the learning rate,
+            as in `keras.optimizers.Muon`. It doesn't change by how much they
+            decay. Defaults to `1.0`.
 
     All other arguments are those of `keras_adafisher.AdaFisher`, in its order.
 
@@ -127,6 +135,7 @@ class AdaFisherMuon(AdaFisher):
         keep_roots: bool | Literal["auto"] = "auto",
         kernel_update_steps: int = 1,
         exclude_layers: Sequence[str] | None = None,
+        adam_lr_ratio: float = 1.0,
         damping: float = 1.0,
         gamma_1: float = 0.2,
         gamma_2: float = 0.2,
@@ -155,6 +164,7 @@ class AdaFisherMuon(AdaFisher):
             "keep_roots": keep_roots,
             "kernel_update_steps": kernel_update_steps,
             "exclude_layers": exclude_layers,
+            "adam_lr_ratio": adam_lr_ratio,
         }.items():
             arguments.check(what, value)
         super().__init__(
@@ -188,6 +198,7 @@ class AdaFisherMuon(AdaFisher):
         self.keep_roots = keep_roots
         self.kernel_update_steps = kernel_update_steps
         self.exclude_layers = exclude_layers
+        self.adam_lr_ratio = adam_lr_ratio
 
     @classmethod
     def as_published(cls, **overrides: Any) -> Self:
@@ -206,6 +217,7 @@ class AdaFisherMuon(AdaFisher):
                 "keep_roots": self.keep_roots,
                 "kernel_update_steps": self.kernel_update_steps,
                 "exclude_layers": self.exclude_layers,
+                "adam_lr_ratio": self.adam_lr_ratio,
             }
         )
         return config
@@ -247,6 +259,27 @@ class AdaFisherMuon(AdaFisher):
             # threads have run.
             copy = with_attribute(self, "weight_decay", decay)
             super(AdaFisherMuon, copy)._apply_weight_decay(decaying[is_kernel])
+
+    def _own_learning_rate(self, learning_rate):
+        if self.adam_lr_ratio == 1:
+            return learning_rate
+        return learning_rate * self.adam_lr_ratio
+
+    def _weighted(self, index, gradient):
+        factors = self._fishers[index].factors_of_weight
+        if len(factors) != 1 or not isinstance(
+            factors[0].block, EmbeddingBlock
+        ):
+            return gradient
+        # Of what a step adds to the embeddings in a batch, not to the rows of
+        # the table: most of them are used rarely, or never.
+        frequencies = factors[0].activation
+        mean = ops.mean(frequencies)
+        is_zero = mean <= 0
+        weights = frequencies / backend.filled(mean, is_zero, 1.0)
+        weights = backend.filled(weights, is_zero, 1.0)
+        gradient = ops.convert_to_tensor(gradient)
+        return gradient * ops.cast(ops.sqrt(weights), gradient.dtype)
 
     def _make_orthogonal_steps(self, variables, add_variable):
         kernels = {}

@@ -123,6 +123,7 @@ RULES = {
     "rms_decay": _decay_rate(kind=float, is_optional=True),
     "adam_beta_2": _decay_rate(kind=float),
     "adam_epsilon": _not_negative(kind=float),
+    "adam_lr_ratio": _positive(kind=float),
     "adam_weight_decay": _not_negative(is_optional=True),
     "factor_damping": _positive(kind=float),
     "kernel_update_steps": _integer(1, kind=int),

@@ -163,7 +163,7 @@ class Inspection:
                 f"orthogonalized. Received: variable={variable.path}"
             )
         updates = ops.convert_to_tensor(self.iterations)
-        lr = ops.cast(self.learning_rate, "float32")
+        lr = ops.cast(self._own_learning_rate(self.learning_rate), "float32")
         step = update_rule.past_the_largest(ops.cast(updates, "float32"))
         correction = update_rule.momentum_correction(
             self.beta, step, self.nesterov

@@ -25,6 +25,23 @@ class Orthogonalizing:
         """
         return None
 
+    def _own_learning_rate(self, learning_rate):
+        """The learning rate of parameters that take AdaFisher's own step.
+
+        Args:
+            learning_rate: Float or scalar tensor, that of all others.
+        """
+        return learning_rate
+
+    def _weighted(self, index, gradient):
+        """A gradient, as it counts for how large its parameter's steps are.
+
+        Args:
+            index: The parameter's number.
+            gradient: Tensor.
+        """
+        return gradient
+
     def _find_directions(self, momentums, update):
         """Orthogonalize momentums, and make roots anew if it is time.
 

@@ -91,6 +91,8 @@ class TorchUpdateMixin:
             for (kind, _, device), group in groups.items():
                 has_direction, is_factored = kind
                 rate = learning_rate
+                if not has_direction:
+                    rate = self._own_learning_rate(rate)
                 if isinstance(rate, torch.Tensor):
                     rate = rate.to(device)
                 for batch in _batches(group, device):

@@ -9,7 +9,8 @@ and bounds each entry of the quotient by 1, as Sophia does (Liu et al., 2023,
 arXiv 2305.14342, Section 2.2). So `v` needn't be as new as the gradient: it is
 measured when the Kronecker factors are, which spares the other steps a pass
 over all gradients. A gradient that has grown since then moves no entry by more
-than the learning rate. The combination is ours.
+than the learning rate. The combination is ours. (`AdaFisherMuon` has the mean
+over ids of a batch for the table of an embedding.)
 """
 
 import numpy as np

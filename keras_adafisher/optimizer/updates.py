@@ -296,7 +296,10 @@ class Updates:
 
         def averaged():
             found = self._mean_squares_of_quotients(
-                list(gradients.values()),
+                [
+                    self._weighted(index, gradient)
+                    for index, gradient in gradients.items()
+                ],
                 [self._fishers[index] for index in gradients],
             )
             return [self._mean_squares.averaged(found, list(gradients), update)]
@@ -325,6 +328,8 @@ class Updates:
         """Update step given gradient and the associated model variable."""
         index = self._get_variable_index(variable)
         dtype = keras.backend.result_type(variable.dtype, "float32")
+        if index not in self._directions():
+            learning_rate = self._own_learning_rate(learning_rate)
         lr = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, variable.dtype)
 
