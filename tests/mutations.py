@@ -270,13 +270,13 @@ MUTATIONS = [
     ),
     Mutation(
         MUON,
-        "weights = frequencies / backend.filled(mean, is_zero, 1.0)",
-        "weights = 1 + 0 * frequencies",
+        "weights = mean_scaled(factors[0].activation)",
+        "weights = 1 + 0 * factors[0].activation",
         "test_adafisher_muon",
     ),
     Mutation(
         MUON,
-        "weights = backend.filled(weights, is_zero, 1.0)",
+        "weights = backend.filled(weights, ops.max(weights) < 1, 1.0)",
         "pass",
         "test_adafisher_muon",
     ),
@@ -288,7 +288,7 @@ MUTATIONS = [
     ),
     Mutation(
         UPDATES,
-        "if index not in self._directions():",
+        "if index not in directions:",
         "if True:",
         "test_adafisher_muon",
         "jax",

@@ -13,6 +13,7 @@ from keras_adafisher import backend
 from keras_adafisher.aliases import LearningRate
 from keras_adafisher.aliases import Normalization
 from keras_adafisher.copies import with_attribute
+from keras_adafisher.factors.normalization import mean_scaled
 from keras_adafisher.optimizer import arguments
 from keras_adafisher.optimizer.adafisher import AdaFisher
 from keras_adafisher.optimizer.adafisher import register
@@ -273,11 +274,10 @@ class AdaFisherMuon(AdaFisher):
             return gradient
         # Of what a step adds to the embeddings in a batch, not to the rows of
         # the table: most of them are used rarely, or never.
-        frequencies = factors[0].activation
-        mean = ops.mean(frequencies)
-        is_zero = mean <= 0
-        weights = frequencies / backend.filled(mean, is_zero, 1.0)
-        weights = backend.filled(weights, is_zero, 1.0)
+        weights = mean_scaled(factors[0].activation)
+        # Min–Max normalization makes zeros of equal frequencies, and zeros stay
+        # zeros. Of others, the largest is 1 at least.
+        weights = backend.filled(weights, ops.max(weights) < 1, 1.0)
         gradient = ops.convert_to_tensor(gradient)
         return gradient * ops.cast(ops.sqrt(weights), gradient.dtype)
 

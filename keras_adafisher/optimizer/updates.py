@@ -328,7 +328,8 @@ class Updates:
         """Update step given gradient and the associated model variable."""
         index = self._get_variable_index(variable)
         dtype = keras.backend.result_type(variable.dtype, "float32")
-        if index not in self._directions():
+        directions = self._directions()
+        if index not in directions:
             learning_rate = self._own_learning_rate(learning_rate)
         lr = ops.cast(learning_rate, dtype)
         gradient = ops.cast(gradient, variable.dtype)
@@ -337,8 +338,8 @@ class Updates:
         self.assign(self._momentums[index], momentum)
 
         is_factored = bool(self._fishers[index])
-        if index in self._directions():
-            direction = self._directions()[index]
+        if index in directions:
+            direction = directions[index]
             if direction is None:
                 return
             step = lr * ops.cast(direction, dtype)
