@@ -39,12 +39,15 @@ def test_data_parallel():
 @pytest.mark.parametrize("name", ["orthogonalized", "resting"])
 def test_orthogonalized_steps(name):
     """Kernels and momentums stay split, whatever their matrices are."""
+    import jax
+
     result = devices()[name]
+    assert result["difference_DataParallel"] <= 1e-5
     # Orthogonalization makes singular values that are rounding errors large, so
     # that how far devices are apart is chance: up to 5e-6 with JAX 0.10, and
     # 1.3e-5 with 0.12.
-    assert result["difference_DataParallel"] <= 1e-5
-    assert result["difference_ModelParallel"] <= 2e-5
+    bound = 1e-5 if jax.__version_info__ < (0, 12) else 2e-5
+    assert result["difference_ModelParallel"] <= bound
     assert result["splits"] == ["einsum/kernel", "muon/einsum_kernel_momentum"]
 
 
