@@ -186,6 +186,29 @@ def test_arguments_that_only_adafishermuon_has(optimizer, name):
 
 
 @pytest.mark.once
+def test_arguments_of_muon_that_have_no_counterpart():
+    """Who comes from it leaves them out. All others have Keras' names."""
+    muon = inspect.signature(keras.optimizers.Muon).parameters
+    adafishermuon = inspect.signature(keras_adafisher.AdaFisherMuon).parameters
+    refused = set(muon) - set(adafishermuon) - {"kwargs"}
+    reasons = {
+        "rms_rate": "steps have the spectral scale",
+        "exclude_embeddings": "embeddings are never orthogonalized",
+        "muon_a": "the polynomial is that of Keras' defaults",
+        "muon_b": "the polynomial is that of Keras' defaults",
+        "muon_c": "the polynomial is that of Keras' defaults",
+    }
+    assert refused == {*reasons, "momentum", "adam_beta_1"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError) as error:
+            keras_adafisher.AdaFisherMuon(**{name: 0.2})
+        assert str(error.value) == (
+            f"Argument(s) not recognized: {{'{name}': 0.2}}. "
+            f"Leave `{name}` out: {reason}."
+        )
+
+
+@pytest.mark.once
 def test_arguments_that_resemble_none():
     for name in ("centered", "amsgrad", "initial_accumulator_value"):
         with pytest.raises(ValueError) as error:
@@ -203,6 +226,13 @@ def test_several_arguments_of_another_name():
         "Argument(s) not recognized: {'lr': 0.1, 'amsgrad': True, "
         "'Lambda': 0.001}. For `lr`, did you mean `learning_rate`? "
         "For `Lambda`, did you mean `damping`?"
+    )
+    with pytest.raises(ValueError) as error:
+        keras_adafisher.AdaFisherMuon(momentum=0.95, rms_rate=0.2)
+    assert str(error.value) == (
+        "Argument(s) not recognized: {'momentum': 0.95, 'rms_rate': 0.2}. "
+        "For `momentum`, did you mean `beta`? "
+        "Leave `rms_rate` out: steps have the spectral scale."
     )
 
 

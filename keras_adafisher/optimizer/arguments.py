@@ -186,6 +186,16 @@ _OTHER_NAMES = {
     "adam_beta_1": "`beta`",
 }
 
+# What `keras.optimizers.Muon` lets one choose and `AdaFisherMuon` doesn't.
+_COEFFICIENT = "the polynomial is that of Keras' defaults"
+_NOT_CHOSEN = {
+    "rms_rate": "steps have the spectral scale",
+    "exclude_embeddings": "embeddings are never orthogonalized",
+    "muon_a": _COEFFICIENT,
+    "muon_b": _COEFFICIENT,
+    "muon_c": _COEFFICIENT,
+}
+
 
 def matches(patterns, path):
     """Whether regular expressions match a variable's or a layer's path.
@@ -355,12 +365,19 @@ def check_names(unknown, optimizer):
     suggested = {name: _meant(name, known) for name in unknown}
     suggested = {name: meant for name, meant in suggested.items() if meant}
     if len(unknown) == 1:
-        hint = "".join(f". Did you mean {m}?" for m in suggested.values())
+        hints = [f"Did you mean {meant}?" for meant in suggested.values()]
     else:
-        hint = "".join(
-            f". For `{name}`, did you mean {meant}?"
+        hints = [
+            f"For `{name}`, did you mean {meant}?"
             for name, meant in suggested.items()
-        ).replace("?.", "?")
+        ]
+    if "ns_steps" in known:
+        hints += [
+            f"Leave `{name}` out: {_NOT_CHOSEN[name]}."
+            for name in unknown
+            if name in _NOT_CHOSEN
+        ]
+    hint = ". " + " ".join(hints) if hints else ""
     raise ValueError(f"Argument(s) not recognized: {unknown}{hint}")
 
 
