@@ -282,6 +282,18 @@ MUTATIONS = [
     ),
     Mutation(
         MUON,
+        "return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)",
+        "return (LARGEST_FULL_SIZE / size) ** 0.5",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
+        "return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)",
+        "return evenness",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
         "return learning_rate * self.adam_lr_ratio",
         "return learning_rate",
         "test_adafisher_muon",

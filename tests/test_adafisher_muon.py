@@ -197,35 +197,41 @@ def test_what_is_not_orthogonalized_is_as_adafisher_has_it():
     assert_same(run(ours), run(plain))
 
 
-def embedding(optimizer):
+def embedding(optimizer, size):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
-        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(8, 2)]
+        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(8, size)]
     )
     model.compile(optimizer, loss=product_loss)
     return model
 
 
-def test_how_large_steps_of_embeddings_are():
+@pytest.mark.parametrize(
+    # `H` is 28/15 for one id, 16/15 for two, and 4/5 for the other five. So its
+    # mean over ids of a batch is 0.6 of the largest.
+    ("size", "rate"),
+    [(2, 0.1), (64, 0.1 * 0.5**0.5), (512, 0.06)],
+)
+def test_how_large_steps_of_embeddings_are(size, rate):
     """Not the mean square over rows, most of which a batch doesn't use."""
     model = embedding(
-        AdaFisherMuon(0.1, adam_weight_decay=None, adam_epsilon=0.0)
+        AdaFisherMuon(0.1, adam_weight_decay=None, adam_epsilon=0.0), size
     )
     (before,) = weights(model)
     ids = [3, 3, 3, 3, 0, 7]
-    s = np.random.default_rng(0).normal(size=(6, 2))
+    s = np.random.default_rng(0).normal(size=(6, size))
     model.train_on_batch(np.array([ids]), s[None].astype("float32"))
     one_hot = np.eye(8)[ids]
-    factors = reference.LinearFactors(8, 2, 0, "mean")
+    factors = reference.LinearFactors(8, size, 0, "mean")
     factors.update(one_hot, s, 0.2, 0.2)
     fisher, _ = factors.fisher(1.0)
     quotient = one_hot.T @ s / s.size / fisher
     # An id that makes up so much of the batches counts as much.
     share = factors.h / factors.h.sum()
-    size = np.sum(share * np.mean(quotient**2, axis=1)) ** 0.5
-    expected = before - 0.1 * np.clip(quotient / size, -1, 1)
+    rms = np.sum(share * np.mean(quotient**2, axis=1)) ** 0.5
+    expected = before - np.clip(rate * quotient / rms, -0.1, 0.1)
     assert_close(weights(model), [expected], tolerance=1e-5)
-    assert size > 1.05 * np.mean(quotient**2) ** 0.5
+    assert rms > 1.05 * np.mean(quotient**2) ** 0.5
 
 
 @pytest.mark.parametrize("normalization", ["mean", "min_max"])
@@ -242,9 +248,9 @@ def test_steps_of_positions_are_as_adafisher_has_them(normalization):
         functools.partial(AdaFisherMuon, adam_weight_decay=None),
         keras_adafisher.AdaFisher,
     ):
-        model = embedding(make(0.1, **settings))
+        model = embedding(make(0.1, **settings), size=48)
         for seed in range(5):
-            s = np.random.default_rng(seed).normal(size=(4, 6, 2))
+            s = np.random.default_rng(seed).normal(size=(4, 6, 48))
             ids = np.arange(24).reshape(4, 6) % 8
             model.train_on_batch(ids, s.astype("float32"))
         found.append(weights(model))

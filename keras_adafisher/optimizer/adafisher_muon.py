@@ -27,6 +27,10 @@ from keras_adafisher.wrappers.embedding import EmbeddingBlock
 # What `direction_of` says of kernels with a kept root.
 KEPT = "orthogonalized, root kept"
 
+# Embeddings of up to so many entries take full steps, and larger ones steps of
+# the same length. `docs/quality_diary.md` has the experiments.
+LARGEST_FULL_SIZE = 32
+
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
 class AdaFisherMuon(AdaFisher):
@@ -53,7 +57,9 @@ class AdaFisherMuon(AdaFisher):
     kernels and biases take `AdaFisher`'s own step with the same learning rate,
     and what has no factors takes AdamW's. The size of embeddings' steps is
     measured over the ids of a batch, not over the rows of their table, most of
-    which are used rarely. `keras_adafisher.coverage(model)` tells for each
+    which are used rarely. Where few ids make up most of a batch, as in text,
+    entries of embeddings of more than 32 move by `sqrt(32 / size)` of it, but
+    by about a third at least. `keras_adafisher.coverage(model)` tells for each
     parameter which step it takes. Unlike with `keras.optimizers.Muon`, the
     kernel of the last layer needn't be excluded.
 
@@ -268,6 +274,8 @@ class AdaFisherMuon(AdaFisher):
 
     def _weighted(self, index, gradient):
         factors = self._fishers[index].factors_of_weight
+        # A table that is tied to the last layer has a second block. All of its
+        # rows are in use there.
         if len(factors) != 1 or not isinstance(
             factors[0].block, EmbeddingBlock
         ):
@@ -279,7 +287,8 @@ class AdaFisherMuon(AdaFisher):
         # zeros. Of others, the largest is 1 at least.
         weights = backend.filled(weights, ops.max(weights) < 1, 1.0)
         gradient = ops.convert_to_tensor(gradient)
-        return gradient * ops.cast(ops.sqrt(weights), gradient.dtype)
+        scales = ops.sqrt(weights) / _rate_share(weights, gradient.shape[-1])
+        return gradient * ops.cast(scales, gradient.dtype)
 
     def _make_orthogonal_steps(self, variables, add_variable):
         kernels = {}
@@ -315,6 +324,21 @@ class AdaFisherMuon(AdaFisher):
             factors.block.matrix_view(),
             keeps_root=direction == KEPT,
         )
+
+
+def _rate_share(weights, size):
+    """How large steps of embeddings are, as a share of the learning rate.
+
+    Args:
+        weights: Tensor, how often each row of the table is used, 1 on average.
+        size: Int, how many entries an embedding has.
+    """
+    if size <= LARGEST_FULL_SIZE:
+        return 1.0
+    # How frequent ids are on average over those of a batch, next to the most
+    # frequent one: 1 for positions, a third for the letters or words of a text.
+    evenness = ops.mean(ops.square(weights)) / ops.max(weights)
+    return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)
 
 
 register(AdaFisherMuon)
