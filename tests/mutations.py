@@ -282,14 +282,20 @@ MUTATIONS = [
     ),
     Mutation(
         MUON,
-        "return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)",
-        "return (LARGEST_FULL_SIZE / size) ** 0.5",
+        "return ops.maximum(evenness, (full_size / size) ** 0.5)",
+        "return (full_size / size) ** 0.5",
         "test_adafisher_muon",
     ),
     Mutation(
         MUON,
-        "return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)",
+        "return ops.maximum(evenness, (full_size / size) ** 0.5)",
         "return evenness",
+        "test_adafisher_muon",
+    ),
+    Mutation(
+        MUON,
+        "full_size = max(LARGEST_FULL_SIZE, rows * FULL_SIZE_SHARE)",
+        "full_size = LARGEST_FULL_SIZE",
         "test_adafisher_muon",
     ),
     Mutation(

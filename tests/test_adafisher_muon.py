@@ -197,32 +197,40 @@ def test_what_is_not_orthogonalized_is_as_adafisher_has_it():
     assert_same(run(ours), run(plain))
 
 
-def embedding(optimizer, size):
+def embedding(optimizer, size, rows=8):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
-        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(8, size)]
+        [keras.Input((6,), dtype="int32"), keras.layers.Embedding(rows, size)]
     )
     model.compile(optimizer, loss=product_loss)
     return model
 
 
 @pytest.mark.parametrize(
-    # `H` is 28/15 for one id, 16/15 for two, and 4/5 for the other five. So its
-    # mean over ids of a batch is 0.6 of the largest.
-    ("size", "rate"),
-    [(2, 0.1), (64, 0.1 * 0.5**0.5), (512, 0.06)],
+    # Of eight, `H` is 28/15 for one id, 16/15 for two, and 4/5 for the other
+    # five. So its mean over ids of a batch is 0.6 of the largest.
+    ("rows", "size", "rate"),
+    [
+        (8, 2, 0.1),
+        (8, 64, 0.1 * 0.5**0.5),
+        (8, 512, 0.06),
+        (512, 64, 0.1),
+        (512, 100, 0.08),
+    ],
 )
-def test_how_large_steps_of_embeddings_are(size, rate):
+def test_how_large_steps_of_embeddings_are(rows, size, rate):
     """Not the mean square over rows, most of which a batch doesn't use."""
     model = embedding(
-        AdaFisherMuon(0.1, adam_weight_decay=None, adam_epsilon=0.0), size
+        AdaFisherMuon(0.1, adam_weight_decay=None, adam_epsilon=0.0),
+        size,
+        rows,
     )
     (before,) = weights(model)
     ids = [3, 3, 3, 3, 0, 7]
     s = np.random.default_rng(0).normal(size=(6, size))
     model.train_on_batch(np.array([ids]), s[None].astype("float32"))
-    one_hot = np.eye(8)[ids]
-    factors = reference.LinearFactors(8, size, 0, "mean")
+    one_hot = np.eye(rows)[ids]
+    factors = reference.LinearFactors(rows, size, 0, "mean")
     factors.update(one_hot, s, 0.2, 0.2)
     fisher, _ = factors.fisher(1.0)
     quotient = one_hot.T @ s / s.size / fisher

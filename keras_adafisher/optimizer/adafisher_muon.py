@@ -27,9 +27,11 @@ from keras_adafisher.wrappers.embedding import EmbeddingBlock
 # What `direction_of` says of kernels with a kept root.
 KEPT = "orthogonalized, root kept"
 
-# Embeddings of up to so many entries take full steps, and larger ones steps of
-# the same length. `docs/quality_diary.md` has the experiments.
+# Embeddings of up to so many entries take full steps, or of up to this share of
+# how many there are, and larger ones steps of the same length.
+# `docs/quality_diary.md` has the experiments.
 LARGEST_FULL_SIZE = 32
+FULL_SIZE_SHARE = 1 / 8
 
 
 @keras.saving.register_keras_serializable(package="keras_adafisher")
@@ -57,11 +59,11 @@ class AdaFisherMuon(AdaFisher):
     kernels and biases take `AdaFisher`'s own step with the same learning rate,
     and what has no factors takes AdamW's. The size of embeddings' steps is
     measured over the ids of a batch, not over the rows of their table, most of
-    which are used rarely. Where few ids make up most of a batch, as in text,
-    entries of embeddings of more than 32 move by `sqrt(32 / size)` of it, but
-    by about a third at least. `keras_adafisher.coverage(model)` tells for each
-    parameter which step it takes. Unlike with `keras.optimizers.Muon`, the
-    kernel of the last layer needn't be excluded.
+    which are used rarely. Entries of wide embeddings of few symbols, as the
+    bytes of a text, move by `sqrt(32 / size)` of it, but by about a third at
+    least. `keras_adafisher.coverage(model)` tells for each parameter which step
+    it takes. Unlike with `keras.optimizers.Muon`, the kernel of the last layer
+    needn't be excluded.
 
     Orthogonalizing takes about `4 m² n + 30 m³` operations for an `m` by `n`
     kernel, `m` the smaller side, each time. Next to the layer's own work,
@@ -287,7 +289,7 @@ class AdaFisherMuon(AdaFisher):
         # zeros. Of others, the largest is 1 at least.
         weights = backend.filled(weights, ops.max(weights) < 1, 1.0)
         gradient = ops.convert_to_tensor(gradient)
-        scales = ops.sqrt(weights) / _rate_share(weights, gradient.shape[-1])
+        scales = ops.sqrt(weights) / _rate_share(weights, *gradient.shape)
         return gradient * ops.cast(scales, gradient.dtype)
 
     def _make_orthogonal_steps(self, variables, add_variable):
@@ -326,19 +328,21 @@ class AdaFisherMuon(AdaFisher):
         )
 
 
-def _rate_share(weights, size):
+def _rate_share(weights, rows, size):
     """How large steps of embeddings are, as a share of the learning rate.
 
     Args:
         weights: Tensor, how often each row of the table is used, 1 on average.
-        size: Int, how many entries an embedding has.
+        rows: Int, how many embeddings there are.
+        size: Int, how many entries each has.
     """
-    if size <= LARGEST_FULL_SIZE:
+    full_size = max(LARGEST_FULL_SIZE, rows * FULL_SIZE_SHARE)
+    if size <= full_size:
         return 1.0
     # How frequent ids are on average over those of a batch, next to the most
     # frequent one: 1 for positions, a third for the letters or words of a text.
     evenness = ops.mean(ops.square(weights)) / ops.max(weights)
-    return ops.maximum(evenness, (LARGEST_FULL_SIZE / size) ** 0.5)
+    return ops.maximum(evenness, (full_size / size) ** 0.5)
 
 
 register(AdaFisherMuon)
