@@ -59,11 +59,11 @@ class AdaFisherMuon(AdaFisher):
     kernels and biases take `AdaFisher`'s own step with the same learning rate,
     and what has no factors takes AdamW's. The size of embeddings' steps is
     measured over the ids of a batch, not over the rows of their table, most of
-    which are used rarely. Entries of wide embeddings of few symbols, as the
-    bytes of a text, move by `sqrt(32 / size)` of it, but by about a third at
-    least. `keras_adafisher.coverage(model)` tells for each parameter which step
-    it takes. Unlike with `keras.optimizers.Muon`, the kernel of the last layer
-    needn't be excluded.
+    which are used rarely. Where embeddings are wide and symbols few, as the
+    bytes of a text are, entries move by `sqrt(32 / size)` of the learning rate,
+    but by about a third of it at least. `keras_adafisher.coverage(model)` tells
+    for each parameter which step it takes. Unlike with `keras.optimizers.Muon`,
+    the kernel of the last layer needn't be excluded.
 
     Orthogonalizing takes about `4 m² n + 30 m³` operations for an `m` by `n`
     kernel, `m` the smaller side, each time. Next to the layer's own work,
