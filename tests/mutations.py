@@ -635,6 +635,13 @@ MUTATIONS = [
         "test_cost",
         "jax",
     ),
+    Mutation(
+        MEASURING,
+        "backend.unshare(variable)",
+        "pass",
+        "test_optimizer",
+        "jax",
+    ),
     Mutation(SEGMENTS, "places < length", "places <= length", "test_segments"),
     Mutation(
         SEGMENTS,

@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from models import assert_close
 from models import assert_same
 from models import cross_entropy
 from models import data
@@ -377,3 +378,39 @@ def test_the_package_imports_nothing_but_keras():
         " 'keras_adafisher.plotting' in sys.modules)\n",
     )
     assert output.split("\n")[-2] == "[] False False"
+
+
+def test_averages_of_weights_are_evaluated_and_stay():
+    """Keras' `SwapEMAWeights`, next to averages of a run without it."""
+    x, y = data()
+    plain = compiled(keras_adafisher.AdaFisherMuon(0.02))
+    average, losses = None, []
+    for _ in range(2):
+        for start in range(0, len(x), FIT["batch_size"]):
+            rows = slice(start, start + FIT["batch_size"])
+            plain.train_on_batch(x[rows], y[rows])
+            weights = [np.array(to_numpy(v)) for v in plain.trainable_variables]
+            # It begins with the weights after the first step.
+            average = average or weights
+            average = [
+                0.75 * a + 0.25 * w
+                for a, w in zip(average, weights, strict=True)
+            ]
+        evaluated = compiled()
+        evaluated.set_weights(average)
+        losses.append(evaluated.evaluate(x, y, verbose=0))
+
+    model = compiled(
+        keras_adafisher.AdaFisherMuon(0.02, use_ema=True, ema_momentum=0.75)
+    )
+    history = model.fit(
+        x,
+        y,
+        epochs=2,
+        validation_data=(x, y),
+        callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
+        **FIT,
+    )
+    np.testing.assert_allclose(history.history["val_loss"], losses, rtol=1e-5)
+    found = [to_numpy(variable) for variable in model.trainable_variables]
+    assert_close(found, average, 1e-5)

@@ -505,6 +505,35 @@ def test_exponential_moving_averages(overwrite):
         assert_close(weights(model), average, 1e-5)
 
 
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_model_with_averaged_weights_is_used_and_trained_on(swaps, tmp_path):
+    """On JAX, Keras' own optimizers leave arrays that two variables share."""
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisherMuon(use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer, loss=cross_entropy())
+    fit = {"batch_size": 12, "shuffle": False, "verbose": 0}
+
+    def callbacks():
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        return [swap] if swaps else []
+
+    model.fit(x, y, callbacks=callbacks(), **fit)
+    averages = weights(model)
+    loss = model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same(weights(loaded), averages)
+    assert loaded.evaluate(x, y, verbose=0) == loss
+    # What comes next begins with the averages.
+    model.fit(x, y, callbacks=callbacks(), **fit)
+    loaded.fit(x, y, callbacks=callbacks(), **fit)
+    assert_same(weights(model), weights(loaded))
+    assert not np.allclose(weights(model)[0], averages[0])
+    model.train_on_batch(x, y)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_batch_with_nan_or_inf_leaves_the_factors_alone(bad):
     x, y = image_data(examples=16)

@@ -43,6 +43,7 @@ __all__ = [
     "step_number",
     "sum_min_max",
     "take",
+    "unshare",
     "view",
     "window_mean",
 ]
@@ -163,6 +164,13 @@ def view(variable, make, views, name):
         name: String, a key of `views`.
     """
     return make(ops.convert_to_tensor(variable))
+
+
+def unshare(variable):
+    """Make sure that no other variable has the same array as its value.
+
+    A no-op where assigning copies.
+    """
 
 
 def cond(pred, true_fn, false_fn):

@@ -22,6 +22,7 @@ __all__ = [
     "replicated_layout",
     "sum_min_max",
     "take",
+    "unshare",
     "window_mean",
 ]
 
@@ -97,6 +98,12 @@ def entry(vector, index):
 def take(x, indices):
     # Keras' own makes floats of them if `floatx` is "bfloat16".
     return jnp.asarray(x).at[indices].get(mode="promise_in_bounds")
+
+
+def unshare(variable):
+    # Assigning one variable to another leaves both with one array. A compiled
+    # step overwrites its arguments, and can't take the same one twice.
+    variable.assign(jnp.copy(variable.value))
 
 
 def sum_min_max(x, low, high):

@@ -64,6 +64,10 @@ FEATURES = {
         "test_weight_decay_leaves_out_what_is_excluded",
         "`use_ema`, `ema_overwrite_frequency`": "test_optimizer::"
         "test_exponential_moving_averages",
+        "`evaluate`, `save` and `fit` after `use_ema`": "test_optimizer::"
+        "test_a_model_with_averaged_weights_is_used_and_trained_on",
+        "`SwapEMAWeights`": "test_callbacks::"
+        "test_averages_of_weights_are_evaluated_and_stay",
         "`loss_scale_factor`": "test_optimizer::"
         "test_a_fixed_loss_scale_changes_nothing",
         "`LossScaleOptimizer`": "test_optimizer::"
