@@ -143,6 +143,8 @@ quality-quick: BENCH_OUTPUT := benchmarks/results/quick
 quality quality-quick: $(VENV)/.test
 	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality.py \
 	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
+	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality_schedules.py \
+	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
 	$(BIN)/python -m tools.report.quality --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 

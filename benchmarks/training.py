@@ -104,7 +104,7 @@ class Trainer:
             v is self.optimizer.learning_rate for v in self.optimizer.variables
         ].index(True)
         self._fresh = {}
-        self._part = jax.jit(self._run_part, donate_argnums=0)
+        self._part = jax.jit(self._run_part, donate_argnums=(0, 1))
         self._evaluate = jax.jit(self._score)
         self._data = [
             (jnp.asarray(part.x), jnp.asarray(part.y))
@@ -112,7 +112,13 @@ class Trainer:
         ]
 
     def run(
-        self, learning_rate, seed, parts=None, schedule="cosine", **changes
+        self,
+        learning_rate,
+        seed,
+        parts=None,
+        schedule="cosine",
+        ema_momentum=None,
+        **changes,
     ):
         """Train from fresh weights.
 
@@ -123,6 +129,8 @@ class Trainer:
                 two evaluations. The schedule is made for it. Defaults to the
                 task's.
             schedule: "cosine" or "constant".
+            ema_momentum: Float, to evaluate the average of the weights that
+                `use_ema` keeps with this momentum. `None`: the weights.
             **changes: Settings in place of the optimizer's own.
 
         Returns:
@@ -132,25 +140,42 @@ class Trainer:
         rates = np.full((parts, self.task.steps), learning_rate, "float32")
         if schedule == "cosine":
             rates *= cosine(rates.size).reshape(rates.shape)
-        state = self.fresh_state(seed)
+        state, average = self.fresh_state(seed), None
+        shares = [None] * parts
+        if ema_momentum is not None:
+            average = jax.tree.map(jnp.array, state[0])
+            # As Keras has it, the average begins with the first step's weights.
+            shares = np.full(rates.shape, 1 - ema_momentum, "float32")
+            shares[0, 0] = 1
         batches = self.batches(seed)
         run = Run([])
         _, validation, test = self._data
         for part in range(parts):
             order = self.next_steps(batches)
-            state = self.advance(state, order, rates[part], **changes)
-            loss = float(self._evaluate(*state[:2], *validation)[0])
+            state, average = self._part(
+                state,
+                average,
+                order,
+                rates[part],
+                shares[part],
+                {**self.settings, **changes},
+            )
+            weights = state[0] if average is None else average
+            loss = float(self._evaluate(weights, state[1], *validation)[0])
             run.validation.append(loss)
             if loss < run.lowest:
                 run.lowest = loss
-                run.test_score = float(self._evaluate(*state[:2], *test)[1])
+                run.test_score = float(
+                    self._evaluate(weights, state[1], *test)[1]
+                )
             if not np.isfinite(loss):
                 break
         return run
 
     def advance(self, state, order, rates, **changes):
         """Train for as many steps as `order` has rows, and get the state."""
-        return self._part(state, order, rates, {**self.settings, **changes})
+        settings = {**self.settings, **changes}
+        return self._part(state, None, order, rates, None, settings)[0]
 
     def next_steps(self, batches, count=None):
         """The rows of the next batches, as many as a part has."""
@@ -193,7 +218,7 @@ class Trainer:
             )
         )
 
-    def _run_part(self, state, order, rates, settings):
+    def _run_part(self, state, average, order, rates, shares, settings):
         x, y = self._data[0]
 
         def loss_of(trainable, other, x, y):
@@ -215,10 +240,23 @@ class Trainer:
             trainable, optimizer = self.optimizer.stateless_apply(
                 optimizer, gradients, trainable
             )
-            return (list(trainable), list(other), list(optimizer)), None
+            return list(trainable), list(other), list(optimizer)
+
+        def averaged_step(both, now):
+            state, average = both
+            rate, rows, share = now
+            state = step(state, (rate, rows))
+            if average is not None:
+                average = [
+                    a + share * (w - a)
+                    for a, w in zip(average, state[0], strict=True)
+                ]
+            return (state, average), None
 
         with attributes(self.optimizer, settings):
-            return jax.lax.scan(step, state, (rates, order))[0]
+            return jax.lax.scan(
+                averaged_step, (state, average), (rates, order, shares)
+            )[0]
 
     def _score(self, trainable, other, x, y):
         outputs, _ = self.model.stateless_call(

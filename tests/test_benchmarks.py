@@ -9,8 +9,13 @@ import pytest
 from processes import run
 
 from tools.report.performance.results import slope
+from tools.report.quality.results import AVERAGED
 from tools.report.quality.results import is_better
 from tools.report.quality.results import load
+from tools.report.quality.results import load_schedules
+from tools.report.quality.results import LONGER
+from tools.report.quality.results import lowest_loss
+from tools.report.quality.results import MAIN
 from tools.report.quality.results import marks
 from tools.report.quality.results import OURS
 from tools.report.quality.results import RIVALS
@@ -159,19 +164,72 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
         (losses,) = data["rows"]["sooner: AdamW"][share]
         assert np.isfinite(losses).all()
     run(
+        "benchmarks/quality_schedules.py",
+        "--level=tiny",
+        f"--results={folder}",
+        KERAS_BACKEND="jax",
+    )
+    (other,) = load_schedules(folder, {"diabetes": data}).values()
+    for rival in MAIN:
+        parts = len(runs_of(data, "steps", rival)[0]["validation"])
+        for kind, times in ((AVERAGED, 1), (LONGER, 4)):
+            (one,) = runs_of(other, kind, rival)
+            assert np.isfinite(one["validation"]).all(), (kind, rival)
+            assert len(one["validation"]) == times * parts
+    run(
         *("-m", "tools.report.quality"),
         *(f"--results={folder}", f"--output={tmp_path}"),
     )
     page = (tmp_path / "quality.md").read_text()
     assert not re.search(r"\b(nan|inf)\b", page)
-    # Scores at equal steps and time, and at four defaults; times to the
-    # target, rates, octaves, other forms, costs, factors; the first table; and
-    # that of what whitening adds, which the notes have.
-    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 14
+    # Scores at equal steps and time, at four defaults, and with two other
+    # schedules; times to the target, rates, octaves, other forms, costs,
+    # factors; the first table; and that of what whitening adds, which the notes
+    # have.
+    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 16
     for plot in ("sensitivity", "curves", "rates", "profiles"):
         path = tmp_path / "quality" / f"{plot}.svg"
         assert path.stat().st_size > 10_000
         assert f"(quality/{plot}.svg)" in page
+
+
+AVERAGES = """
+import keras
+import numpy as np
+from benchmarks.quality_tasks import TASKS
+from benchmarks.training import Trainer
+
+task, settings = TASKS["diabetes"](), {"use_ema": True, "ema_momentum": 0.9}
+trainer = Trainer(task, keras.optimizers.SGD)
+run = trainer.run(
+    0.05, seed=3, parts=1, schedule="constant", ema_momentum=0.9
+)
+
+keras.utils.set_random_seed(3)
+model = task.make_model()
+model.compile(keras.optimizers.SGD(0.05, **settings), loss="mse")
+batches = trainer.batches(seed=3)
+for _ in range(task.steps):
+    rows = next(batches)
+    model.train_on_batch(task.train.x[rows], task.train.y[rows])
+before = model.evaluate(task.validation.x, task.validation.y, verbose=0)
+model.optimizer.finalize_variable_values(model.trainable_variables)
+loss = model.evaluate(task.validation.x, task.validation.y, verbose=0)
+print(run.lowest, loss, before)
+"""
+
+
+def test_averages_of_weights_are_those_of_keras():
+    output = run("-c", AVERAGES, KERAS_BACKEND="jax")
+    ours, keras_own, not_averaged = map(float, output.split()[-3:])
+    assert abs(ours - keras_own) < 1e-5 * keras_own
+    assert abs(ours - not_averaged) > 1e-3 * keras_own
+
+
+def test_the_lowest_loss_of_a_run():
+    nan = float("nan")
+    assert lowest_loss("gpt", {"validation": [3.0, 1.0, 2.0, nan]}) == 1
+    assert lowest_loss("gpt", {"validation": [nan]}) == float("inf")
 
 
 def test_a_difference_beyond_the_noise():

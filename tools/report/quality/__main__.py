@@ -5,22 +5,27 @@ from tools.report import quality
 from tools.report.quality import figures
 from tools.report.quality import sentences
 from tools.report.quality import tables
+from tools.report.quality.results import AVERAGED
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import ERRORS
 from tools.report.quality.results import geometric_means
 from tools.report.quality.results import load
+from tools.report.quality.results import load_schedules
+from tools.report.quality.results import LONGER
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import minutes
 from tools.report.quality.results import NEVER
+from tools.report.quality.results import NO_SCHEDULE
 from tools.report.quality.results import TASKS
 from tools.report.quality.results import times_to_target
 
 
-def write(results, output):
+def write(results, schedules, output):
     """Write the page and its plots.
 
     Args:
         results: What `load` returned.
+        schedules: What `load_schedules` returned.
         output: `pathlib.Path` of a folder.
     """
     folder = output / "quality"
@@ -41,6 +46,7 @@ def write(results, output):
         __file__,
         **facts(results),
         **found(results, times),
+        **found_of_schedules(results, schedules),
         never=f"{NEVER:g}",
         errors=ERRORS,
         target=tables.target_table(times, longest),
@@ -74,6 +80,7 @@ def found(results, times):
         "wins_steps": sentences.wins(results, "steps"),
         "wins_time": sentences.wins(results, "time"),
         "times": sentences.times(geometric_means(times)),
+        "recommended": sentences.recommended(times),
         "octaves": sentences.octaves(results),
         "whitening": sentences.whitening(results),
         "diverging": sentences.diverging(results),
@@ -97,6 +104,27 @@ def found(results, times):
     }
 
 
+def found_of_schedules(results, schedules):
+    """The same without a schedule, and with a longer one."""
+    # The larger GPT has no longer runs.
+    longer = {
+        task: data
+        for task, data in schedules.items()
+        if any(name.startswith(LONGER) for name in data["rows"])
+    }
+    return {
+        "averaged_means": tables.schedule_table(results, schedules, AVERAGED),
+        "longer_means": tables.schedule_table(results, longer, LONGER),
+        "averaged": tables.score_table(
+            schedules, AVERAGED, (*MAIN, NO_SCHEDULE)
+        ),
+        "wins_averaged": sentences.wins(schedules, AVERAGED),
+        "longer": tables.score_table(longer, LONGER, MAIN),
+        "wins_longer": sentences.wins(longer, LONGER),
+        "schedule_minutes": f"{minutes(schedules):.0f}",
+    }
+
+
 def by_hand():
     """What the figures mean."""
     notes = pages.DOCS / "quality" / "notes.md"
@@ -109,7 +137,8 @@ def main():
     results = load(arguments.results)
     if not results:
         raise SystemExit(f"No complete results in {arguments.results}.")
-    write(results, arguments.output)
+    schedules = load_schedules(arguments.results, results)
+    write(results, schedules, arguments.output)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,21 @@ PROGRAMS = {
     "Adam": "AdamW",
     ABLATION: "AdaFisherMuon",
 }
+# What `benchmarks/quality_schedules.py` measures, and who needs no schedule.
+AVERAGED, LONGER = "averaged", "longer"
+NO_SCHEDULE = "ScheduleFreeAdamW"
 # What a run counts that never reaches the target, as a multiple of AdamW's
 # time. Where runs stop, it could be anything above 1.
 NEVER = 2.0
 # A difference is above the noise if it is more than so many standard errors.
 ERRORS = 2
+# Whom the table in docs/quality/notes.md tells to take where time counts, if it
+# isn't AdaFisherMuon; and the tasks that were there first.
+RECOMMENDED = {
+    **dict.fromkeys(("diabetes", "cancer", "digits", "tuning"), "AdaFisherW"),
+    "mlp": "AdamW",
+}
+LATER = ("gpt2", "large", "raw")
 # The defaults: a schedule, and what the default rate is multiplied by.
 DEFAULTS = ("constant, 1", "constant, 3", "cosine, 1", "cosine, 3")
 
@@ -112,19 +122,46 @@ def runs_of(data, kind, rival):
     return row.get("runs", [])
 
 
-def values_of(task, data, kind, rival):
-    """What counts of each seed. Infinite where a run gave no number."""
-    values = []
-    for run in runs_of(data, kind, rival):
-        score = run["test_score"]
-        value = -score if task in BY_LOSS else 100 * (1 - score)
-        values.append(value if math.isfinite(value) else math.inf)
-    return values
+def load_schedules(folder, results):
+    """The same of `benchmarks/quality_schedules.py`, as far as it is there.
+
+    Args:
+        folder: `pathlib.Path`.
+        results: What `load` returned. ScheduleFreeAdamW has neither a schedule
+            nor a use for another average of its weights.
+    """
+    found = {}
+    for task, data in results.items():
+        path = folder / f"schedules-{task}-jax.json"
+        if not path.exists():
+            continue
+        found[task] = json.loads(path.read_text())
+        rows = found[task]["rows"]
+        own = data["rows"].get(f"steps: {NO_SCHEDULE}")
+        if own:
+            rows[f"{AVERAGED}: {NO_SCHEDULE}"] = own
+    return found
 
 
-def table_of(task, data, kind, rivals=RIVALS):
-    """From each optimizer that was measured to its values."""
-    found = {r: values_of(task, data, kind, r) for r in rivals}
+def value_of(task, run):
+    """What counts of a run. Infinite where it gave no number."""
+    score = run["test_score"]
+    value = -score if task in BY_LOSS else 100 * (1 - score)
+    return value if math.isfinite(value) else math.inf
+
+
+def lowest_loss(task, run):
+    """The lowest validation loss of a run."""
+    del task
+    return min(filter(math.isfinite, run["validation"]), default=math.inf)
+
+
+def table_of(task, data, kind, rivals=RIVALS, value=value_of):
+    """From each optimizer that was measured to its values, seed by seed."""
+    found = {
+        rival: [value(task, run) for run in runs_of(data, kind, rival)]
+        for rival in rivals
+    }
     return {rival: values for rival, values in found.items() if values}
 
 
@@ -312,6 +349,17 @@ def geometric_means(times):
                 value if math.isfinite(value) else NEVER for value in values
             )
     return found
+
+
+def recommended_mean(times):
+    """The geometric mean for what the page tells to take."""
+    return statistics.geometric_mean(
+        own if math.isfinite(own) else NEVER
+        for own in (
+            row[RECOMMENDED.get(task, "AdaFisherMuon")]
+            for task, row in times.items()
+        )
+    )
 
 
 def ranks(results, kind):

@@ -6,9 +6,11 @@ from tools.report.quality.results import ABLATION
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import divergences
 from tools.report.quality.results import is_better
+from tools.report.quality.results import LATER
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import mean_octaves
 from tools.report.quality.results import OURS
+from tools.report.quality.results import recommended_mean
 from tools.report.quality.results import table_of
 from tools.report.quality.results import TASKS
 from tools.report.quality.results import verdicts
@@ -64,6 +66,22 @@ def each_of_ours(results, kind):
 def times(means):
     """The geometric means of the times to AdamW's best."""
     return ", ".join(f"{r} {means[r]:.2f}" for r in MAIN if r in means)
+
+
+def recommended(row_of):
+    """The geometric means for what the page tells to take.
+
+    Args:
+        row_of: Dict from tasks to times to AdamW's best.
+    """
+    text = f"{recommended_mean(row_of):.2f} over {len(row_of)} tasks"
+    first = {task: row for task, row in row_of.items() if task not in LATER}
+    if first:
+        text += (
+            f", {recommended_mean(first):.2f} over the {len(first)} that were "
+            "there first"
+        )
+    return text
 
 
 def octaves(results):

@@ -4,11 +4,14 @@ import math
 import statistics
 
 from tools.report.quality.results import ABLATION
+from tools.report.quality.results import AVERAGED
 from tools.report.quality.results import BY_LOSS
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import divergences
 from tools.report.quality.results import form_ratio_of
 from tools.report.quality.results import geometric_means
+from tools.report.quality.results import LONGER
+from tools.report.quality.results import lowest_loss
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import marks
 from tools.report.quality.results import mean_octaves
@@ -20,6 +23,7 @@ from tools.report.quality.results import ratio_of
 from tools.report.quality.results import RIVALS
 from tools.report.quality.results import table_of
 from tools.report.quality.results import TASKS
+from tools.report.quality.results import value_of
 from tools.report.quality.results import verdict
 
 
@@ -85,18 +89,58 @@ def first_table(results):
     return table(["task", *MAIN], rows)
 
 
-def score_table(results, kind):
+def score_table(results, kind, rivals=RIVALS):
     """Errors or losses on the test split, of all optimizers."""
     rows = []
     for task, data in results.items():
-        values = table_of(task, data, kind)
+        values = table_of(task, data, kind, rivals)
         signs = marks(values)
         cells = [
             marked(show(task, values[r]), signs[r]) if r in values else ""
-            for r in RIVALS
+            for r in rivals
         ]
         rows.append([TASKS[task] + unit(task), *cells])
-    return table(["task", *RIVALS], rows)
+    return table(["task", *rivals], rows)
+
+
+def schedule_table(results, schedules, kind):
+    """Losses with the quality benchmark's schedule, and with another.
+
+    Geometric means over the tasks on which all were measured, next to AdamW
+    with the former.
+    """
+    ratios = {("steps", r): [] for r in MAIN} | {(kind, r): [] for r in MAIN}
+    count = 0
+    for task, data in results.items():
+        if task not in schedules:
+            continue
+        own = table_of(task, data, "steps", MAIN, lowest_loss)
+        other = table_of(task, schedules[task], kind, MAIN, lowest_loss)
+        if len(other) < len(MAIN):
+            continue
+        count += 1
+        unit_ = statistics.mean(own["AdamW"])
+        for rival in MAIN:
+            for what, values in (("steps", own), (kind, other)):
+                mean = statistics.mean(values[rival])
+                ratios[what, rival].append(mean / unit_)
+    names = {
+        "steps": "cosine",
+        AVERAGED: "constant, weights averaged",
+        LONGER: "four times as many steps",
+    }
+    rows = [
+        [
+            names[what],
+            *(
+                f"{statistics.geometric_mean(ratios[what, r]):.3f}"
+                for r in MAIN
+            ),
+        ]
+        for what in ("steps", kind)
+        if count
+    ]
+    return table([f"{count} tasks", *MAIN], rows)
 
 
 def win_table(results):
@@ -108,14 +152,17 @@ def win_table(results):
         **{kind: f"defaults: {defaults_name(kind)}" for kind in DEFAULTS},
     }
     for kind, what in names.items():
-        found = [
-            verdict(table_of(task, data, kind))[0]
-            for task, data in results.items()
-            if table_of(task, data, kind)
-        ]
-        counts = (str(found.count(x)) for x in ("ours", "tie", "theirs"))
-        rows.append([what, *counts])
-    return table(["", "one of ours", "tie", "another"], rows)
+        rows.append([what])
+        for value in (value_of, lowest_loss):
+            tables = (
+                table_of(task, data, kind, value=value)
+                for task, data in results.items()
+            )
+            found = [verdict(values)[0] for values in tables if values]
+            counts = (str(found.count(x)) for x in ("ours", "tie", "theirs"))
+            rows[-1].append(" / ".join(counts))
+    header = "on the test split", "lowest validation loss"
+    return table(["one of ours / tie / another", *header], rows)
 
 
 def defaults_name(kind):
