@@ -132,7 +132,7 @@ quality-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(VENV)/.test)
 
 # Writes docs/quality.md. What was measured before is kept, also what the
 # repository has: that is how an interrupted run goes on. To measure all anew, in
-# three quarters of an hour on two cores: `make quality BENCH_ARGS=--fresh`.
+# two hours on two cores: `make quality BENCH_ARGS=--fresh`.
 quality: BENCH_LEVEL := full
 quality: BENCH_OUTPUT := docs
 

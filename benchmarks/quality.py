@@ -105,12 +105,22 @@ def main():
             "benchmarks/quality.py compiles whole training runs with JAX. "
             "Set KERAS_BACKEND=jax."
         )
+    measure_all(measure, arguments)
+
+
+def measure_all(measure, arguments):
+    """Call `measure` for each task, in a process of its own.
+
+    Args:
+        measure: Function of a task's name and the arguments.
+        arguments: What `parse_arguments` returned, of the script that runs.
+    """
     of_level = {"full": ORDER, "quick": QUICK, "tiny": QUICK[-1:]}
     names = arguments.tasks or of_level[arguments.level]
     if len(names) == 1:
         measure(names[0], arguments)
         return
-    # A process for each, and as many at once as there are cores to spare.
+    # As many at once as there are cores to spare.
     names = sorted(names, key=ORDER.index)
     with concurrent.futures.ThreadPoolExecutor(arguments.processes) as pool:
         codes = list(

@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python benchmarks/quality_schedules.py
 
-What `benchmarks/quality.py` compares are runs with a cosine over so many steps.
-Here are two others, on the same tasks:
+What `benchmarks/quality.py` compares are runs with a cosine over the task's
+number of steps. Here are two others, on the same tasks:
 
 - averaged: a constant learning rate, without a warm-up, and what is evaluated
   is the average of the weights that Keras keeps with `use_ema=True`, over about
@@ -11,11 +11,13 @@ Here are two others, on the same tasks:
 - longer: four times as many steps, with a warm-up and a cosine over all.
 
 Momentum and weight decay are those that `benchmarks/quality.py` has chosen, for
-AdaFisherMuon those of its default form. Learning rates are tuned anew, a factor
-of two apart. It takes an hour of one core and a half.
+AdaFisherMuon those of its default form. So that has to run before. Learning
+rates are tuned anew, a factor of two apart. It takes an hour and a half of one
+core.
 """
 
 import dataclasses
+import json
 
 from benchmarks.common import parse_arguments
 from benchmarks.common import Results
@@ -24,8 +26,7 @@ from benchmarks.quality import Contest
 from benchmarks.quality import EXPENSIVE
 from benchmarks.quality import FRESH_SEEDS
 from benchmarks.quality import LENGTHS
-from benchmarks.quality import ORDER
-from benchmarks.quality import QUICK
+from benchmarks.quality import measure_all
 from benchmarks.quality import short
 from benchmarks.quality import task_of
 from benchmarks.quality import timed
@@ -63,15 +64,25 @@ REGIMES = {
     "averaged": Regime(is_averaged=True, times=1, octave=-1),
     "longer": Regime(is_averaged=False, times=TIMES_LONGER, octave=0),
 }
-# No fewer learning rates than three, and more where the best is at an end.
+
+
+def plan(rates, more, tuning, seeds):
+    """A `Plan` without shorter schedules and defaults."""
+    return Plan(rates, more, tuning, seeds, sooner=0, defaults=0)
+
+
 PLANS = {
-    "short": Plan(3, 6, 3, 10, 0, 0),
-    "middle": Plan(3, 4, 2, 5, 0, 0),
-    "long": Plan(3, 3, 1, 5, 0, 0),
-    "longest": Plan(3, 2, 1, 3, 0, 0),
+    "short": plan(rates=3, more=6, tuning=3, seeds=10),
+    "middle": plan(rates=3, more=4, tuning=2, seeds=5),
+    "long": plan(rates=3, more=3, tuning=1, seeds=5),
+    "longest": plan(rates=3, more=2, tuning=1, seeds=3),
 }
 # Muon, where its steps take several times as long as all others'.
-COSTLY = Plan(3, 2, 1, 5, 0, 0)
+COSTLY = plan(rates=3, more=2, tuning=1, seeds=5)
+OF_LEVEL = {
+    "quick": plan(rates=3, more=1, tuning=1, seeds=2),
+    "tiny": plan(rates=1, more=0, tuning=1, seeds=1),
+}
 
 
 def main():
@@ -81,14 +92,15 @@ def main():
             "benchmarks/quality_schedules.py compiles whole training runs with "
             "JAX. Set KERAS_BACKEND=jax."
         )
-    of_level = {"full": ORDER, "quick": QUICK, "tiny": QUICK[-1:]}
-    for name in arguments.tasks or of_level[arguments.level]:
-        measure(name, arguments)
+    measure_all(measure, arguments)
 
 
 def measure(name, arguments):
     """Add all rows of a task to its file."""
-    found = Results(f"quality2-{name}", arguments).data["rows"]
+    path = arguments.results / f"quality2-{name}-jax.json"
+    if not path.exists():
+        raise SystemExit(f"Run benchmarks/quality.py first: no {path}.")
+    found = json.loads(path.read_text())["rows"]
     results = Results(f"schedules-{name}", arguments)
     for kind, regime in REGIMES.items():
         for rival in MAIN:
@@ -109,8 +121,8 @@ def plan_of(name, ratio, regime, level):
     is_costly = ratio > EXPENSIVE and length != "short"
     if regime.times > 1 and (is_costly or length == "longest"):
         return None
-    if level == "tiny":
-        return Plan(1, 0, 1, 1, 0, 0)
+    if level in OF_LEVEL:
+        return OF_LEVEL[level]
     if is_costly:
         return COSTLY
     return PLANS["longest" if regime.times > 1 and length == "long" else length]

@@ -3,8 +3,8 @@
     KERAS_BACKEND=jax python examples/digits.py
 
 Trains one small convolutional network with each of them: with Adam at 1e-3,
-its default, and at three times that, with AdaFisher and AdaFisherMuon at their
-defaults. One run may be lucky, so there are three seeds of each, the same for
+its default, and at three times that, with AdaFisher at 1e-3 and AdaFisherMuon
+at 0.04. One run may be lucky, so there are three seeds of each, the same for
 all. All learning rates warm up and fall along the same cosine. The 1,797 images
 of 8x8 pixels come with scikit-learn. Prints a table and saves the validation
 losses to `digits.png`: the mean of the seeds, in a band from the lowest to the

@@ -659,7 +659,7 @@ def test_without_a_root_a_kernel_moves_along_its_momentum():
     model.train_on_batch(x, s)
     change = kernel - weights(model)[0]
     direction = x.T @ s
-    expected = 0.04 * 3**0.5 * direction / np.linalg.norm(direction)
+    expected = 0.01 * 3**0.5 * direction / np.linalg.norm(direction)
     np.testing.assert_allclose(change, expected, rtol=1e-4)
 
 

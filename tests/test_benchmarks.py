@@ -1,5 +1,6 @@
 """The benchmarks run, and their page has all of its rows. No times."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ from tools.report.quality.results import lowest_loss
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import marks
 from tools.report.quality.results import OURS
+from tools.report.quality.results import recommended_mean
 from tools.report.quality.results import RIVALS
 from tools.report.quality.results import runs_of
 from tools.report.quality.results import times_to_target
@@ -193,7 +195,7 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
         assert f"(quality/{plot}.svg)" in page
 
 
-AVERAGES = """
+AS_KERAS = """
 import keras
 import numpy as np
 from benchmarks.quality_tasks import TASKS
@@ -202,28 +204,75 @@ from benchmarks.training import Trainer
 task, settings = TASKS["diabetes"](), {"use_ema": True, "ema_momentum": 0.9}
 trainer = Trainer(task, keras.optimizers.SGD)
 run = trainer.run(
-    0.05, seed=3, parts=1, schedule="constant", ema_momentum=0.9
+    0.05, seed=3, parts=2, schedule="constant", ema_momentum=0.9
 )
 
 keras.utils.set_random_seed(3)
 model = task.make_model()
 model.compile(keras.optimizers.SGD(0.05, **settings), loss="mse")
 batches = trainer.batches(seed=3)
-for _ in range(task.steps):
+for _ in range(2 * task.steps):
     rows = next(batches)
     model.train_on_batch(task.train.x[rows], task.train.y[rows])
 before = model.evaluate(task.validation.x, task.validation.y, verbose=0)
 model.optimizer.finalize_variable_values(model.trainable_variables)
 loss = model.evaluate(task.validation.x, task.validation.y, verbose=0)
-print(run.lowest, loss, before)
+print(run.validation[-1], loss, before)
+"""
+SCHEDULES = """
+from benchmarks import quality_schedules
+from benchmarks.quality import Contest
+from benchmarks.training import Run
+
+asked = []
+
+
+class Recorded(Contest):
+    def run(self, rate, seed, parts, momentum, decay, **changes):
+        asked.append((rate, parts, momentum, decay, changes))
+        return Run([1.0], abs(rate - 0.02), 0.0)
+
+
+found = {"learning_rate": 0.04, "momentum": 0.8, "decay": 0.3}
+for regime in quality_schedules.REGIMES.values():
+    plan = quality_schedules.PLANS["long"]
+    contest = Recorded("diabetes", "AdamW", 1.0, plan)
+    rate = quality_schedules.tuned(contest, regime, found)["learning_rate"]
+    parts = {a[1] for a in asked}
+    settings = {a[2:4] for a in asked}
+    changes = {tuple(sorted(a[4].items())) for a in asked}
+    task = quality_schedules.task_of("diabetes")
+    print([rate, parts, settings, changes, task.parts, task.steps])
+    asked.clear()
 """
 
 
 def test_averages_of_weights_are_those_of_keras():
-    output = run("-c", AVERAGES, KERAS_BACKEND="jax")
+    output = run("-c", AS_KERAS, KERAS_BACKEND="jax")
     ours, keras_own, not_averaged = map(float, output.split()[-3:])
     assert abs(ours - keras_own) < 1e-5 * keras_own
     assert abs(ours - not_averaged) > 1e-3 * keras_own
+
+
+def test_what_runs_with_other_schedules_are():
+    output = run("-c", SCHEDULES, KERAS_BACKEND="jax")
+    averaged, longer = map(ast.literal_eval, output.splitlines()[-2:])
+    *_, parts, steps = averaged
+    momentum = 1 - 10 / (parts * steps)
+    constant = (("ema_momentum", momentum), ("schedule", "constant"))
+    assert averaged[:4] == [0.02, {parts}, {(0.8, 0.3)}, {constant}]
+    assert longer[:4] == [0.02, {4 * parts}, {(0.8, 0.3)}, {()}]
+
+
+def test_the_mean_of_what_is_recommended():
+    inf = float("inf")
+    times = {
+        "gpt": {"AdaFisherMuon": 0.5, "AdaFisherW": 0.8, "AdamW": 1.0},
+        "mlp": {"AdaFisherMuon": 3.0, "AdaFisherW": inf, "AdamW": 1.0},
+        "digits": {"AdaFisherMuon": 1.1, "AdaFisherW": inf, "AdamW": 1.0},
+    }
+    # 0.5 * 1 * 2, since what isn't reached counts as 2.
+    assert abs(recommended_mean(times) - 1) < 1e-12
 
 
 def test_the_lowest_loss_of_a_run():

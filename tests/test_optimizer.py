@@ -505,6 +505,30 @@ def test_exponential_moving_averages(overwrite):
         assert_close(weights(model), average, 1e-5)
 
 
+class Stop(keras.callbacks.Callback):
+    """Ends a training as Ctrl-C does."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        raise KeyboardInterrupt
+
+
+def test_a_model_with_averaged_weights_is_used_after_an_interruption(tmp_path):
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisherMuon(use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer, loss=cross_entropy())
+    try:
+        model.fit(x, y, callbacks=[Stop()], verbose=0)
+    except KeyboardInterrupt:
+        # What is trained here is trained while an error is handled.
+        model.evaluate(x, y, verbose=0)
+        model.fit(x, y, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.fit(x, y, verbose=0)
+    assert all(np.isfinite(w).all() for w in weights(model))
+
+
 @pytest.mark.parametrize("swaps", [False, True])
 def test_a_model_with_averaged_weights_is_used_and_trained_on(swaps, tmp_path):
     """On JAX, Keras' own optimizers leave arrays that two variables share."""

@@ -102,8 +102,10 @@ def take(x, indices):
 
 def unshare(variable):
     # Assigning one variable to another leaves both with one array. A compiled
-    # step overwrites its arguments, and can't take the same one twice.
-    variable.assign(jnp.copy(variable.value))
+    # step overwrites its arguments, and can't take the same one twice. After an
+    # error in a step, there may be no array any more.
+    if is_traced(variable.value) or not variable.value.is_deleted():
+        variable.assign(jnp.copy(variable.value))
 
 
 def sum_min_max(x, low, high):

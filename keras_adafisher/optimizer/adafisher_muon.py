@@ -85,7 +85,9 @@ class AdaFisherMuon(AdaFisher):
             a callable that takes no arguments and returns the actual value to
             use. The learning rate. It isn't Adam's: without whitening, and
             with fresh roots, it is about the spectral norm of a square kernel's
-            step. Defaults to `0.04`.
+            step. The default is for a rate that stays as it is; under a
+            schedule that ends at zero, begin with `0.04`, in runs of thousands
+            of steps with `0.02`. Defaults to `0.01`.
         weight_decay: Float. If set, weight decay is applied, decoupled from
             the gradient, to kernels whose steps are orthogonalized. Defaults to
             `0.2`.
@@ -135,7 +137,7 @@ class AdaFisherMuon(AdaFisher):
 
     def __init__(
         self,
-        learning_rate: LearningRate = 0.04,
+        learning_rate: LearningRate = 0.01,
         weight_decay: float | None = 0.2,
         adam_weight_decay: float | None = 0.1,
         beta: float = 0.9,

@@ -121,15 +121,13 @@ class Measuring:
             var_list: list of model variables.
         """
         super().finalize_variable_values(var_list)
-        # After an error, variables may have no values on JAX.
-        has_failed = sys.exc_info()[0] is not None
-        if has_failed or not self.built:
-            return
         if self.use_ema:
-            # Keras has assigned the averages to the variables.
+            # Keras has just assigned each average to its variable.
             for variable in var_list:
                 backend.unshare(variable)
-        if not self._store.block_factors:
+        # After an error, variables may have no values on JAX.
+        has_failed = sys.exc_info()[0] is not None
+        if has_failed or not self.built or not self._store.block_factors:
             return
         unusable = [
             factors.block.parameters[0].path

@@ -79,7 +79,7 @@ def found(results, times):
         "first": tables.first_table(results),
         "wins_steps": sentences.wins(results, "steps"),
         "wins_time": sentences.wins(results, "time"),
-        "times": sentences.times(geometric_means(times)),
+        "times": sentences.times_of(geometric_means(times)),
         "recommended": sentences.recommended(times),
         "octaves": sentences.octaves(results),
         "whitening": sentences.whitening(results),

@@ -61,12 +61,13 @@ NEVER = 2.0
 # A difference is above the noise if it is more than so many standard errors.
 ERRORS = 2
 # Whom the table in docs/quality/notes.md tells to take where time counts, if it
-# isn't AdaFisherMuon; and the tasks that were there first.
+# isn't AdaFisherMuon.
 RECOMMENDED = {
     **dict.fromkeys(("diabetes", "cancer", "digits", "tuning"), "AdaFisherW"),
     "mlp": "AdamW",
 }
-LATER = ("gpt2", "large", "raw")
+# The tasks that had no part in the choice of settings, but for a learning rate.
+NOT_CHOSEN_ON = ("gpt2", "large", "raw")
 # The defaults: a schedule, and what the default rate is multiplied by.
 DEFAULTS = ("constant, 1", "constant, 3", "cosine, 1", "cosine, 3")
 
@@ -123,12 +124,14 @@ def runs_of(data, kind, rival):
 
 
 def load_schedules(folder, results):
-    """The same of `benchmarks/quality_schedules.py`, as far as it is there.
+    """From a task's name to what `benchmarks/quality_schedules.py` wrote of it.
+
+    Tasks without a file are left out. ScheduleFreeAdamW, which has neither a
+    schedule nor a use for another average, has the same runs as in `results`.
 
     Args:
         folder: `pathlib.Path`.
-        results: What `load` returned. ScheduleFreeAdamW has neither a schedule
-            nor a use for another average of its weights.
+        results: What `load` returned.
     """
     found = {}
     for task, data in results.items():
@@ -150,9 +153,8 @@ def value_of(task, run):
     return value if math.isfinite(value) else math.inf
 
 
-def lowest_loss(task, run):
+def lowest_loss(_task, run):
     """The lowest validation loss of a run."""
-    del task
     return min(filter(math.isfinite, run["validation"]), default=math.inf)
 
 

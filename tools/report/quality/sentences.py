@@ -6,9 +6,9 @@ from tools.report.quality.results import ABLATION
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import divergences
 from tools.report.quality.results import is_better
-from tools.report.quality.results import LATER
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import mean_octaves
+from tools.report.quality.results import NOT_CHOSEN_ON
 from tools.report.quality.results import OURS
 from tools.report.quality.results import recommended_mean
 from tools.report.quality.results import table_of
@@ -63,23 +63,23 @@ def each_of_ours(results, kind):
     return "\n".join(items)
 
 
-def times(means):
+def times_of(means):
     """The geometric means of the times to AdamW's best."""
     return ", ".join(f"{r} {means[r]:.2f}" for r in MAIN if r in means)
 
 
-def recommended(row_of):
+def recommended(times):
     """The geometric means for what the page tells to take.
 
     Args:
-        row_of: Dict from tasks to times to AdamW's best.
+        times: Dict from tasks to times to AdamW's best.
     """
-    text = f"{recommended_mean(row_of):.2f} over {len(row_of)} tasks"
-    first = {task: row for task, row in row_of.items() if task not in LATER}
-    if first:
+    text = f"{recommended_mean(times):.2f} over {len(times)} tasks"
+    chosen_on = {t: row for t, row in times.items() if t not in NOT_CHOSEN_ON}
+    if chosen_on:
         text += (
-            f", {recommended_mean(first):.2f} over the {len(first)} that were "
-            "there first"
+            f", {recommended_mean(chosen_on):.2f} over the {len(chosen_on)} on "
+            "which the settings were chosen"
         )
     return text
 
