@@ -26,21 +26,21 @@ step costs next to AdamW's does; it is the median over rounds in which all take
 turns, in seconds of the processor.
 tools/report/quality/ makes the page.
 
-What it takes, in minutes of one core, with `benchmarks/quality_rivals.py`'s
-numbers of rates and seeds:
+What it takes, in minutes of one core that others use too, with the numbers of
+rates and seeds in `benchmarks/quality_rivals.py`:
 
     task            rates  seeds  sooner  defaults  compiling  all
-    gpt2              5.3    3.3     4.9                  2.5   16
-    vit               4.0    2.6     1.2       4.2        1.7   14
-    gpt               3.8    2.5     1.1       3.9        1.5   13
-    cnn               3.5    2.3     1.0       3.6        1.6   12
-    autoencoder       2.7    2.1     0.5       2.1        0.9    8
-    large             0.7    0.5     0.2       0.6        0.8    3
-    mlp               1.3    0.9     0.2       0.9        0.8    4
-    tuning            2.1    1.0     0.6       1.8        0.8    6
-    lstm              1.9    0.9     0.6       1.6        0.9    6
-    four tables       1.0    0.4     0.1       0.4        2.1    4
-    all                                                         86
+    gpt              11.5    6.2     2.3       3.5        1.0   24
+    vit              10.3    6.1     2.4       4.2        1.0   24
+    gpt2              9.3    5.9     6.8                  1.0   23
+    autoencoder      11.9    6.8     0.8       1.8        0.4   22
+    cnn               9.0    4.0     2.0       3.6        0.9   19
+    lstm              9.9    3.5     1.0       1.7        0.4   16
+    tuning            5.1    1.5     0.7       1.5        0.6    9
+    mlp               4.2    2.1     0.3       0.6        0.3    8
+    large             3.8    1.3     0.3       0.6        0.4    6
+    four tables       1.4    0.6     0.1       0.1        1.1    3
+    all                                                        156
 """
 
 import concurrent.futures

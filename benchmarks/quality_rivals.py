@@ -180,15 +180,15 @@ PLANS = {
     ("short", "some"): Plan(11, 4, 3, 10, 0, 3),
     ("short", "little"): Plan(11, 4, 3, 10, 0, 3),
     ("short", "ablation"): Plan(5, 4, 3, 10, 0, 0),
-    ("middle", "much"): Plan(11, 3, 1, 5, 5, 3),
-    ("middle", "some"): Plan(11, 3, 1, 5, 0, 3),
-    ("middle", "little"): Plan(5, 5, 1, 5, 0, 2),
-    ("middle", "ablation"): Plan(5, 2, 1, 5, 0, 0),
-    ("long", "much"): Plan(5, 5, 1, 5, 3, 3),
+    ("middle", "much"): Plan(11, 3, 3, 10, 5, 3),
+    ("middle", "some"): Plan(11, 3, 3, 10, 0, 3),
+    ("middle", "little"): Plan(5, 5, 3, 10, 0, 2),
+    ("middle", "ablation"): Plan(5, 2, 3, 10, 0, 0),
+    ("long", "much"): Plan(5, 5, 3, 10, 5, 3),
     ("long", "some"): Plan(5, 4, 1, 5, 0, 1),
     ("long", "little"): Plan(3, 3, 1, 3, 0, 1),
-    ("long", "ablation"): Plan(4, 1, 1, 5, 0, 0),
+    ("long", "ablation"): Plan(4, 1, 3, 10, 0, 0),
     ("longest", "much"): Plan(3, 2, 1, 3, 3, 0),
 }
 # Muon, where its steps take several times as long as all others'.
-COSTLY = Plan(4, 2, 1, 5, 5, 1)
+COSTLY = Plan(4, 2, 3, 10, 5, 1)

@@ -86,8 +86,7 @@ class AdaFisherMuon(AdaFisher):
             use. The learning rate. It isn't Adam's: without whitening, and
             with fresh roots, it is about the spectral norm of a square kernel's
             step. The default is for a rate that stays as it is; under a
-            schedule that ends at zero, begin with `0.04`, in runs of thousands
-            of steps with `0.02`. Defaults to `0.01`.
+            schedule that ends at zero, begin with `0.04`. Defaults to `0.01`.
         weight_decay: Float. If set, weight decay is applied, decoupled from
             the gradient, to kernels whose steps are orthogonalized. Defaults to
             `0.2`.
