@@ -98,23 +98,19 @@ LENGTHS = {
 ORDER = tuple(LENGTHS)
 
 
-def main():
-    arguments = parse_arguments(__doc__, tasks=list(TASKS))
-    if keras.backend.backend() != "jax":
-        raise SystemExit(
-            "benchmarks/quality.py compiles whole training runs with JAX. "
-            "Set KERAS_BACKEND=jax."
-        )
-    measure_all(measure, arguments)
-
-
-def measure_all(measure, arguments):
+def measure_all(description, measure):
     """Call `measure` for each task, in a process of its own.
 
     Args:
-        measure: Function of a task's name and the arguments.
-        arguments: What `parse_arguments` returned, of the script that runs.
+        description: String, the docstring of the script that runs.
+        measure: Function of a task's name and of the command line's arguments.
     """
+    arguments = parse_arguments(description, tasks=list(TASKS))
+    if keras.backend.backend() != "jax":
+        raise SystemExit(
+            f"{sys.argv[0]} compiles whole training runs with JAX. "
+            "Set KERAS_BACKEND=jax."
+        )
     of_level = {"full": ORDER, "quick": QUICK, "tiny": QUICK[-1:]}
     names = arguments.tasks or of_level[arguments.level]
     if len(names) == 1:
@@ -499,4 +495,4 @@ def short(value):
 
 
 if __name__ == "__main__":
-    main()
+    measure_all(__doc__, measure)

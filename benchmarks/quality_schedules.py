@@ -19,7 +19,6 @@ core.
 import dataclasses
 import json
 
-from benchmarks.common import parse_arguments
 from benchmarks.common import Results
 from benchmarks.quality import as_row
 from benchmarks.quality import Contest
@@ -35,9 +34,6 @@ from benchmarks.quality import TUNING_SEEDS
 from benchmarks.quality import widened
 from benchmarks.quality_rivals import MAIN
 from benchmarks.quality_rivals import Plan
-from benchmarks.quality_tasks import TASKS
-
-import keras  # isort: skip
 
 # Of the steps of a run, how many an average is over.
 AVERAGED_SHARE = 0.1
@@ -85,16 +81,6 @@ OF_LEVEL = {
 }
 
 
-def main():
-    arguments = parse_arguments(__doc__, tasks=list(TASKS))
-    if keras.backend.backend() != "jax":
-        raise SystemExit(
-            "benchmarks/quality_schedules.py compiles whole training runs with "
-            "JAX. Set KERAS_BACKEND=jax."
-        )
-    measure_all(measure, arguments)
-
-
 def measure(name, arguments):
     """Add all rows of a task to its file."""
     path = arguments.results / f"quality2-{name}-jax.json"
@@ -105,10 +91,10 @@ def measure(name, arguments):
     for kind, regime in REGIMES.items():
         for rival in MAIN:
             ratio = found["step"][rival]["median"]
-            plan = plan_of(name, ratio, regime, arguments.level)
-            if plan is None:
+            amount = plan_of(name, ratio, regime, arguments.level)
+            if amount is None:
                 continue
-            contest = Contest(name, rival, ratio, plan)
+            contest = Contest(name, rival, ratio, amount)
             results.add(
                 f"{kind}: {rival}",
                 timed(tuned, contest, regime, found[f"rates: {rival}"]),
@@ -169,4 +155,4 @@ def tuned(contest, regime, found):
 
 
 if __name__ == "__main__":
-    main()
+    measure_all(__doc__, measure)

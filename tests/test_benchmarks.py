@@ -197,7 +197,6 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
 
 AS_KERAS = """
 import keras
-import numpy as np
 from benchmarks.quality_tasks import TASKS
 from benchmarks.training import Trainer
 

@@ -341,26 +341,28 @@ def steps_to(target, curve):
     return math.inf
 
 
+def mean_time(values):
+    """The geometric mean, with `NEVER` for times that aren't finite."""
+    return statistics.geometric_mean(
+        value if math.isfinite(value) else NEVER for value in values
+    )
+
+
 def geometric_means(times):
-    """Per optimizer, with `NEVER` for times that aren't finite."""
+    """The mean time of each optimizer."""
     found = {}
     for rival in RIVALS:
         values = [row[rival] for row in times.values() if rival in row]
         if values:
-            found[rival] = statistics.geometric_mean(
-                value if math.isfinite(value) else NEVER for value in values
-            )
+            found[rival] = mean_time(values)
     return found
 
 
 def recommended_mean(times):
-    """The geometric mean for what the page tells to take."""
-    return statistics.geometric_mean(
-        own if math.isfinite(own) else NEVER
-        for own in (
-            row[RECOMMENDED.get(task, "AdaFisherMuon")]
-            for task, row in times.items()
-        )
+    """The mean time for what the page tells to take."""
+    return mean_time(
+        row[RECOMMENDED.get(task, "AdaFisherMuon")]
+        for task, row in times.items()
     )
 
 

@@ -109,38 +109,31 @@ def schedule_table(results, schedules, kind):
     Geometric means over the tasks on which all were measured, next to AdamW
     with the former.
     """
-    ratios = {("steps", r): [] for r in MAIN} | {(kind, r): [] for r in MAIN}
-    count = 0
+    pairs = []
     for task, data in results.items():
-        if task not in schedules:
-            continue
-        own = table_of(task, data, "steps", MAIN, lowest_loss)
-        other = table_of(task, schedules[task], kind, MAIN, lowest_loss)
-        if len(other) < len(MAIN):
-            continue
-        count += 1
-        unit_ = statistics.mean(own["AdamW"])
-        for rival in MAIN:
-            for what, values in (("steps", own), (kind, other)):
-                mean = statistics.mean(values[rival])
-                ratios[what, rival].append(mean / unit_)
+        if task in schedules:
+            own = table_of(task, data, "steps", MAIN, lowest_loss)
+            other = table_of(task, schedules[task], kind, MAIN, lowest_loss)
+            if len(other) == len(MAIN):
+                pairs.append((own, other))
+
+    def mean(rival, which):
+        return statistics.geometric_mean(
+            statistics.mean(pair[which][rival])
+            / statistics.mean(pair[0]["AdamW"])
+            for pair in pairs
+        )
+
     names = {
-        "steps": "cosine",
         AVERAGED: "constant, weights averaged",
         LONGER: "four times as many steps",
     }
     rows = [
-        [
-            names[what],
-            *(
-                f"{statistics.geometric_mean(ratios[what, r]):.3f}"
-                for r in MAIN
-            ),
-        ]
-        for what in ("steps", kind)
-        if count
+        [name, *(f"{mean(rival, which):.3f}" for rival in MAIN)]
+        for which, name in enumerate(("cosine", names[kind]))
+        if pairs
     ]
-    return table([f"{count} tasks", *MAIN], rows)
+    return table([f"{len(pairs)} tasks", *MAIN], rows)
 
 
 def win_table(results):
