@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 600
 
 UPDATES = "optimizer/updates.py"
+AVERAGING = "optimizer/averaging.py"
 MEASURING = "optimizer/measuring.py"
 STATE = "optimizer/state.py"
 RULE = "optimizer/update_rule.py"
@@ -636,11 +637,23 @@ MUTATIONS = [
         "jax",
     ),
     Mutation(
-        MEASURING,
+        AVERAGING,
         "backend.unshare(variable)",
         "pass",
         "test_optimizer",
         "jax",
+    ),
+    Mutation(
+        AVERAGING,
+        "update_rule.past_the_largest(step + 1) - 1",
+        "update_rule.past_the_largest(step + 1)",
+        "test_optimizer",
+    ),
+    Mutation(
+        AVERAGING,
+        "step = step % (",
+        "step = step + 0 * (",
+        "test_optimizer",
     ),
     Mutation(SEGMENTS, "places < length", "places <= length", "test_segments"),
     Mutation(

@@ -63,7 +63,10 @@ OPTIMIZER_ARGUMENTS = {
     "clipnorm": (NOT_NEGATIVE, [-1.0, NAN, INF, "1", True, [1.0]]),
     "clipvalue": (NOT_NEGATIVE, [-1.0, NAN, INF, "1", True, [1.0]]),
     "global_clipnorm": (NOT_NEGATIVE, [-1.0, NAN, INF, "1", True, [1.0]]),
-    "ema_momentum": ("in the range [0, 1]", [-0.1, 1.1, NAN, None, "1", True]),
+    "ema_momentum": (
+        'in the range [0, 1] or "auto"',
+        [-0.1, 1.1, NAN, None, "1", True, ["auto"]],
+    ),
     "loss_scale_factor": (POSITIVE, [0.0, -1.0, NAN, INF, "1", True, [1.0]]),
     "gradient_accumulation_steps": (
         "an integer >= 2",

@@ -124,6 +124,26 @@ def test_optimizer_model_variables_moving_average(optimizer):
     ]
 
 
+def test_optimizer_update_model_variables_moving_average():
+    """`apply` calls it once, when weights have moved, with all of them."""
+    calls = []
+
+    class Optimizer(keras.optimizers.SGD):
+        def _update_model_variables_moving_average(self, trainable_variables):
+            values = [
+                float(ops.convert_to_numpy(variable))
+                for variable in trainable_variables
+            ]
+            calls.append((int(self._iterations), values))
+
+    optimizer = Optimizer(0.5, use_ema=True)
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    optimizer.build(variables)
+    for _ in range(2):
+        optimizer.apply([ops.ones(()), ops.ones(())], variables)
+    assert calls == [(0, [0.5, 1.5]), (1, [0.0, 1.0])]
+
+
 def test_in_stateless_scope():
     """On PyTorch, the update of all variables together works in place."""
     assert not in_stateless_scope()

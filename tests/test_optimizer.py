@@ -505,6 +505,55 @@ def test_exponential_moving_averages(overwrite):
         assert_close(weights(model), average, 1e-5)
 
 
+def averages_of(optimizer):
+    return [
+        to_numpy(average)
+        for average in optimizer._model_variables_moving_average
+    ]
+
+
+@pytest.mark.parametrize("accumulated", [None, 2])
+def test_averages_over_a_tenth_of_the_steps_so_far(accumulated):
+    """With 10 steps more, weights count `10 / (n + 10)`, n being the steps."""
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisherMuon(
+        use_ema=True,
+        ema_momentum="auto",
+        gradient_accumulation_steps=accumulated,
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    steps = 14
+    expected = 0
+    for step in range(steps):
+        model.train_on_batch(x, y)
+        later = [n / (n + 10) for n in range(step + 1, steps)]
+        share = 10 / (step + 10) * np.prod(later)
+        expected = expected + share * np.concatenate(
+            [w.ravel() for w in weights(model)]
+        )
+    found = averages_of(optimizer)
+    assert_close(np.concatenate([a.ravel() for a in found]), expected, 1e-5)
+    assert not np.allclose(found[0], weights(model)[0], rtol=1e-3)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    assert_same(weights(model), found)
+
+
+def test_averages_begin_anew_when_weights_are_overwritten():
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher(
+        use_ema=True, ema_momentum="auto", ema_overwrite_frequency=3
+    )
+    model.compile(optimizer, loss=cross_entropy())
+    for step in range(7):
+        model.train_on_batch(x, y)
+        are_the_weights = step % 3 in (0, 2)
+        assert are_the_weights == np.allclose(
+            averages_of(optimizer)[0], weights(model)[0], rtol=1e-6
+        )
+
+
 class Stop(keras.callbacks.Callback):
     """Ends a training as Ctrl-C does."""
 
@@ -529,12 +578,18 @@ def test_a_model_with_averaged_weights_is_used_after_an_interruption(tmp_path):
     assert all(np.isfinite(w).all() for w in weights(model))
 
 
-@pytest.mark.parametrize("swaps", [False, True])
-def test_a_model_with_averaged_weights_is_used_and_trained_on(swaps, tmp_path):
+@pytest.mark.parametrize(
+    ("swaps", "momentum"), [(False, 0.5), (True, 0.5), (False, "auto")]
+)
+def test_a_model_with_averaged_weights_is_used_and_trained_on(
+    swaps, momentum, tmp_path
+):
     """On JAX, Keras' own optimizers leave arrays that two variables share."""
     x, y = data()
     model = mlp()
-    optimizer = keras_adafisher.AdaFisherMuon(use_ema=True, ema_momentum=0.5)
+    optimizer = keras_adafisher.AdaFisherMuon(
+        use_ema=True, ema_momentum=momentum
+    )
     model.compile(optimizer, loss=cross_entropy())
     fit = {"batch_size": 12, "shuffle": False, "verbose": 0}
 

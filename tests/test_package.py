@@ -42,6 +42,9 @@ KERAS_INTERNALS = {
     ),
     "_accumulated_gradients": "test_optimizer_backend_gradient_accumulators",
     # Overridden.
+    "_update_model_variables_moving_average": (
+        "test_optimizer_update_model_variables_moving_average"
+    ),
     "_apply_weight_decay": "test_optimizer_apply_weight_decay",
     "_backend_update_step": "test_optimizer_backend_update_step",
     "_backend_increment_gradient_accumulators": (

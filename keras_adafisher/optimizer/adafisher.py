@@ -13,6 +13,7 @@ equations are in `update_rule.py`.
 
 import types
 from typing import Any
+from typing import Literal
 from typing import Self
 
 import keras
@@ -20,6 +21,7 @@ import keras
 from keras_adafisher.aliases import LearningRate
 from keras_adafisher.aliases import Normalization
 from keras_adafisher.optimizer import arguments
+from keras_adafisher.optimizer.averaging import Averaging
 from keras_adafisher.optimizer.inspection import Inspection
 from keras_adafisher.optimizer.measuring import Measuring
 from keras_adafisher.optimizer.orthogonalizing import Orthogonalizing
@@ -33,6 +35,7 @@ class AdaFisher(
     Updates,
     Orthogonalizing,
     Measuring,
+    Averaging,
     Inspection,
     AtomicState,
     BackendUpdateMixin,
@@ -128,7 +131,9 @@ class AdaFisher(
             so that their global norm is no higher than this value.
         use_ema: Boolean, defaults to `False`. If `True`, exponential moving
             average (EMA) is applied, as in all Keras optimizers.
-        ema_momentum: Float, defaults to 0.99. Only used if `use_ema=True`.
+        ema_momentum: Float, or `"auto"` for an average over about a tenth of
+            the steps so far, however many there will be. Defaults to 0.99, an
+            average over about 100 steps. Only used if `use_ema=True`.
         ema_overwrite_frequency: Int or None, defaults to None. Only used if
             `use_ema=True`.
         loss_scale_factor: Float or `None`. If a float, the scale factor will
@@ -181,7 +186,7 @@ class AdaFisher(
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: float = 0.99,
+        ema_momentum: float | Literal["auto"] = 0.99,
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
@@ -227,7 +232,8 @@ class AdaFisher(
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
             use_ema=use_ema,
-            ema_momentum=ema_momentum,
+            # Keras compares it with numbers.
+            ema_momentum=0.99 if ema_momentum == "auto" else ema_momentum,
             ema_overwrite_frequency=ema_overwrite_frequency,
             loss_scale_factor=loss_scale_factor,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -240,6 +246,7 @@ class AdaFisher(
         self._has_warned_of_missing = False
         # A reference to the scale of the loss.
         self._loss_scale = lambda: None
+        self.ema_momentum = ema_momentum
         self.beta = beta
         self.damping = damping
         self.gamma_1 = gamma_1

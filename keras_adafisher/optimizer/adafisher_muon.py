@@ -160,7 +160,7 @@ class AdaFisherMuon(AdaFisher):
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: float = 0.99,
+        ema_momentum: float | Literal["auto"] = 0.99,
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,

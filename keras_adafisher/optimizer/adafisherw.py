@@ -1,6 +1,7 @@
 """AdaFisherW: AdaFisher with decoupled weight decay."""
 
 from typing import Any
+from typing import Literal
 
 import keras
 
@@ -57,7 +58,7 @@ class AdaFisherW(AdaFisher):
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
         use_ema: bool = False,
-        ema_momentum: float = 0.99,
+        ema_momentum: float | Literal["auto"] = 0.99,
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,

@@ -151,8 +151,8 @@ RULES = {
     "clipvalue": _not_negative(is_optional=True),
     "global_clipnorm": _not_negative(is_optional=True),
     "ema_momentum": Rule(
-        "a float in the range [0, 1]",
-        lambda value: is_number(value) and 0 <= value <= 1,
+        'a float in the range [0, 1] or "auto"',
+        lambda value: value == "auto" or (is_number(value) and 0 <= value <= 1),
     ),
     "loss_scale_factor": _positive(is_optional=True),
     "gradient_accumulation_steps": _integer(2, is_optional=True),

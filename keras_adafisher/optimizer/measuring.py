@@ -121,10 +121,6 @@ class Measuring:
             var_list: list of model variables.
         """
         super().finalize_variable_values(var_list)
-        if self.use_ema:
-            # Keras has just assigned each average to its variable.
-            for variable in var_list:
-                backend.unshare(variable)
         # After an error, variables may have no values on JAX.
         has_failed = sys.exc_info()[0] is not None
         if has_failed or not self.built or not self._store.block_factors:
