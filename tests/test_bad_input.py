@@ -317,6 +317,22 @@ def test_right_values_that_are_assigned_later():
     assert copy.get_config() == config
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "cls", [keras_adafisher.AdaFisher, keras_adafisher.AdaFisherW]
+)
+def test_attributes_that_only_the_other_optimizer_has(cls):
+    """What would be ignored isn't taken."""
+    optimizer = cls()
+    others = set(keras_adafisher.AdaFisherMuon().get_config())
+    others -= set(optimizer.get_config())
+    assert len(others) >= 7
+    for name in others:
+        with pytest.raises(AttributeError, match="of `AdaFisherMuon`"):
+            setattr(optimizer, name, 1)
+        assert not hasattr(optimizer, name)
+
+
 NO_LAYERS = [
     None,
     5,

@@ -6,6 +6,7 @@ One table, `RULES`, serves the constructor and what is assigned later.
 import collections.abc
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import numbers
@@ -240,6 +241,13 @@ class Hyperparameter:
             ) from None
 
     def __set__(self, instance, value):
+        if self.name not in _arguments_of(type(instance)):
+            # It would be kept, and nobody would read it.
+            raise AttributeError(
+                f"'{type(instance).__name__}' object has no attribute "
+                f"'{self.name}', which is an argument of `AdaFisherMuon`. "
+                f"Received: {self.name}={value}"
+            )
         value = RULES[self.name].checked(self.name, value)
         attributes = vars(instance)
         is_fixed = attributes.get("built") and self.name in attributes
@@ -381,6 +389,7 @@ def check_names(unknown, optimizer):
     raise ValueError(f"Argument(s) not recognized: {unknown}{hint}")
 
 
+@functools.cache
 def _arguments_of(optimizer):
     """Set of the names of a class' arguments, those of its bases included."""
     return {
