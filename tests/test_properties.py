@@ -1,9 +1,9 @@
 """Properties that hold for random layers, models and optimizer settings.
 
-The cases are always the same ones, 100 on each backend: `ADAFISHER_CASES=300`
-draws more, and `make test-long` 6000. Nothing is compiled, so a case is cheap;
-sizes come from few values, since JAX compiles each operation once for each
-shape.
+The cases are always the same ones, 100 on each backend, but 50 on JAX:
+`ADAFISHER_CASES=300` draws more, and `make test-long` 6000. Nothing is compiled
+as a whole, so a case is cheap; sizes come from few values, since JAX compiles
+each operation once for each shape.
 """
 
 import contextlib
@@ -28,7 +28,9 @@ from keras_adafisher.probe import probe_of
 from keras_adafisher.steps import Step
 
 BACKEND = keras.backend.backend()
-CASES = int(os.environ.get("ADAFISHER_CASES", "100"))
+CASES = int(
+    os.environ.get("ADAFISHER_CASES", "50" if BACKEND == "jax" else "100")
+)
 
 
 def cases(percent):
