@@ -12,6 +12,7 @@ from keras_adafisher.integration.wrapping import wrap
 from keras_adafisher.optimizer import AdaFisher
 from keras_adafisher.optimizer import AdaFisherMuon
 from keras_adafisher.optimizer import AdaFisherW
+from keras_adafisher.optimizer import InverseSqrtDecay
 from keras_adafisher.wrappers import LayerWrapper
 from keras_adafisher.wrappers import register_wrapper
 
@@ -22,6 +23,7 @@ __all__ = [
     "AdaFisherMuon",
     "AdaFisherW",
     "FisherHistory",
+    "InverseSqrtDecay",
     "LayerWrapper",
     "check_wrapper",
     "coverage",

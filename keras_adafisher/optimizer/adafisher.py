@@ -25,6 +25,7 @@ from keras_adafisher.optimizer.averaging import Averaging
 from keras_adafisher.optimizer.inspection import Inspection
 from keras_adafisher.optimizer.measuring import Measuring
 from keras_adafisher.optimizer.orthogonalizing import Orthogonalizing
+from keras_adafisher.optimizer.schedules import InverseSqrtDecay
 from keras_adafisher.optimizer.state import AtomicState
 from keras_adafisher.optimizer.update_mixin import BackendUpdateMixin
 from keras_adafisher.optimizer.updates import Updates
@@ -277,6 +278,42 @@ class AdaFisher(
             ValueError: As the constructor.
         """
         return cls(**{**cls.PUBLISHED, **overrides})
+
+    @classmethod
+    def anytime(
+        cls, learning_rate: float, decay_steps: float = 100, **overrides: Any
+    ) -> Self:
+        """The optimizer for training that may stop, or go on, at any time.
+
+        The learning rate falls with the square root of the number of steps, and
+        the weights are averaged over about a tenth of the steps so far. Nobody
+        has to know how many there will be: the averages are about as good as
+        what a cosine schedule leaves that ends at that time.
+
+        `fit` leaves them in the model at its end.
+        `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)` has them evaluated
+        at the end of each epoch.
+
+        Args:
+            learning_rate: Float, that of the first step. For `AdaFisherMuon`,
+                begin with 0.04, the rate for a cosine schedule.
+            decay_steps: Float, see `InverseSqrtDecay`. Defaults to `100`.
+            **overrides: Arguments of the constructor.
+
+        Returns:
+            The optimizer, with
+            `learning_rate=InverseSqrtDecay(learning_rate, decay_steps)`,
+            `use_ema=True` and `ema_momentum="auto"`.
+
+        Raises:
+            ValueError: As the constructors.
+
+        References:
+            - [Meterez et al., 2026](https://arxiv.org/abs/2602.03702)
+        """
+        schedule = InverseSqrtDecay(learning_rate, decay_steps)
+        averages = {"use_ema": True, "ema_momentum": "auto"}
+        return cls(**{"learning_rate": schedule, **averages, **overrides})
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -76,7 +76,8 @@ def _decay_rate(**options):
     )
 
 
-def _positive(**options):
+def positive(**options):
+    """The `Rule` of a float above zero."""
     return Rule(
         "a float > 0",
         lambda value: is_number(value) and 0 < value < math.inf,
@@ -84,7 +85,8 @@ def _positive(**options):
     )
 
 
-def _not_negative(**options):
+def not_negative(**options):
+    """The `Rule` of a float that may be zero."""
     return Rule(
         "a float >= 0",
         lambda value: is_number(value) and 0 <= value < math.inf,
@@ -111,11 +113,11 @@ def _are_patterns(value):
 
 RULES = {
     "beta": _decay_rate(kind=float),
-    "damping": _positive(kind=float),
+    "damping": positive(kind=float),
     "gamma_1": _decay_rate(kind=float),
     "gamma_2": _decay_rate(kind=float),
     "factor_update_steps": _integer(1, kind=int),
-    "epsilon": _not_negative(kind=float),
+    "epsilon": not_negative(kind=float),
     "normalization": Rule(
         " or ".join(f'"{name}"' for name in NORMALIZATIONS),
         lambda value: value in list(NORMALIZATIONS),
@@ -123,10 +125,10 @@ RULES = {
     "nesterov": Rule("a boolean", lambda value: isinstance(value, bool)),
     "rms_decay": _decay_rate(kind=float, is_optional=True),
     "adam_beta_2": _decay_rate(kind=float),
-    "adam_epsilon": _not_negative(kind=float),
-    "adam_lr_ratio": _positive(kind=float),
-    "adam_weight_decay": _not_negative(is_optional=True),
-    "factor_damping": _positive(kind=float),
+    "adam_epsilon": not_negative(kind=float),
+    "adam_lr_ratio": positive(kind=float),
+    "adam_weight_decay": not_negative(is_optional=True),
+    "factor_damping": positive(kind=float),
     "kernel_update_steps": _integer(1, kind=int),
     # With each, rounding errors of a Gram matrix grow twelvefold.
     "ns_steps": Rule(
@@ -146,16 +148,16 @@ RULES = {
     ),
     # Keras takes anything below, and the first step would fail or, with a NaN,
     # destroy the weights.
-    "weight_decay": _not_negative(is_optional=True),
+    "weight_decay": not_negative(is_optional=True),
     # For Keras, 0 is no clipping.
-    "clipnorm": _not_negative(is_optional=True),
-    "clipvalue": _not_negative(is_optional=True),
-    "global_clipnorm": _not_negative(is_optional=True),
+    "clipnorm": not_negative(is_optional=True),
+    "clipvalue": not_negative(is_optional=True),
+    "global_clipnorm": not_negative(is_optional=True),
     "ema_momentum": Rule(
         'a float in the range [0, 1] or "auto"',
         lambda value: value == "auto" or (is_number(value) and 0 <= value <= 1),
     ),
-    "loss_scale_factor": _positive(is_optional=True),
+    "loss_scale_factor": positive(is_optional=True),
     "gradient_accumulation_steps": _integer(2, is_optional=True),
 }
 
