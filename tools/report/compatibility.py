@@ -64,6 +64,10 @@ FEATURES = {
         "test_weight_decay_leaves_out_what_is_excluded",
         "`use_ema`, `ema_overwrite_frequency`": "test_optimizer::"
         "test_exponential_moving_averages",
+        '`ema_momentum="auto"`': "test_optimizer::"
+        "test_averages_over_a_tenth_of_the_steps_so_far",
+        "`AdaFisher.anytime`": "test_schedules::"
+        "test_training_that_may_end_at_any_time",
         "`evaluate`, `save` and `fit` after `use_ema`": "test_optimizer::"
         "test_a_model_with_averaged_weights_is_used_and_trained_on",
         "`SwapEMAWeights`": "test_callbacks::"
