@@ -20,7 +20,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 600
 
 UPDATES = "optimizer/updates.py"
+ARGUMENTS = "optimizer/arguments.py"
 AVERAGING = "optimizer/averaging.py"
+SCHEDULES = "optimizer/schedules.py"
 MEASURING = "optimizer/measuring.py"
 STATE = "optimizer/state.py"
 RULE = "optimizer/update_rule.py"
@@ -645,9 +647,21 @@ MUTATIONS = [
     ),
     Mutation(
         AVERAGING,
-        "update_rule.past_the_largest(step + 1) - 1",
-        "update_rule.past_the_largest(step + 1)",
+        "1 / (1 + AVERAGED_SHARE * step)",
+        "1 / (2 + AVERAGED_SHARE * step)",
         "test_optimizer",
+    ),
+    Mutation(
+        SCHEDULES,
+        "update_rule.past_the_largest(step + 1) - 1",
+        "step",
+        "test_schedules",
+    ),
+    Mutation(
+        ARGUMENTS,
+        "if self.name not in _arguments_of(type(instance)):",
+        "if False:",
+        "test_bad_input",
     ),
     Mutation(
         AVERAGING,

@@ -65,7 +65,7 @@ OPTIMIZER_ARGUMENTS = {
     "global_clipnorm": (NOT_NEGATIVE, [-1.0, NAN, INF, "1", True, [1.0]]),
     "ema_momentum": (
         'in the range [0, 1] or "auto"',
-        [-0.1, 1.1, NAN, None, "1", True, ["auto"]],
+        [-0.1, 1.1, NAN, None, "1", True, ["auto"], np.array(["auto", "1"])],
     ),
     "loss_scale_factor": (POSITIVE, [0.0, -1.0, NAN, INF, "1", True, [1.0]]),
     "gradient_accumulation_steps": (

@@ -380,7 +380,13 @@ def test_the_package_imports_nothing_but_keras():
     assert output.split("\n")[-2] == "[] False False"
 
 
-def test_averages_of_weights_are_evaluated_and_stay():
+class StopAfterTwo(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
+
+
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_averages_of_weights_are_evaluated_and_stay(stops_early):
     """Keras' `SwapEMAWeights`, next to averages of a run without it."""
     x, y = data()
     plain = compiled(keras_adafisher.AdaFisherMuon(0.02))
@@ -406,9 +412,13 @@ def test_averages_of_weights_are_evaluated_and_stay():
     history = model.fit(
         x,
         y,
-        epochs=2,
+        epochs=4 if stops_early else 2,
         validation_data=(x, y),
-        callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
+        callbacks=[
+            # Swapping at the end of epochs is for training that isn't stopped.
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=not stops_early),
+            StopAfterTwo(),
+        ],
         **FIT,
     )
     np.testing.assert_allclose(history.history["val_loss"], losses, rtol=1e-5)

@@ -539,19 +539,32 @@ def test_averages_over_a_tenth_of_the_steps_so_far(accumulated):
     assert_same(weights(model), found)
 
 
-def test_averages_begin_anew_when_weights_are_overwritten():
+@pytest.mark.parametrize(
+    ("accumulated", "are_the_weights"),
+    # The first weights of three steps take the place of the averages, and after
+    # the third step the averages take that of the weights. With accumulation,
+    # weights move at every second batch, and Keras overwrites them at both
+    # batches of the third update.
+    [(None, [1, 0, 1, 1, 0, 1, 1]), (2, [1, 0, 0, 0, 1, 1, 1, 0, 0])],
+)
+def test_averages_begin_anew_when_weights_are_overwritten(
+    accumulated, are_the_weights
+):
     x, y = data()
     model = mlp()
     optimizer = keras_adafisher.AdaFisher(
-        use_ema=True, ema_momentum="auto", ema_overwrite_frequency=3
+        use_ema=True,
+        ema_momentum="auto",
+        ema_overwrite_frequency=3,
+        gradient_accumulation_steps=accumulated,
     )
     model.compile(optimizer, loss=cross_entropy())
-    for step in range(7):
+    found = []
+    for _ in are_the_weights:
         model.train_on_batch(x, y)
-        are_the_weights = step % 3 in (0, 2)
-        assert are_the_weights == np.allclose(
-            averages_of(optimizer)[0], weights(model)[0], rtol=1e-6
-        )
+        average, weight = averages_of(optimizer)[0], weights(model)[0]
+        found.append(np.allclose(average, weight, rtol=1e-6))
+    assert found == are_the_weights
 
 
 class Stop(keras.callbacks.Callback):

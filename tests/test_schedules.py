@@ -1,6 +1,9 @@
 """Learning rates without a known end, and the constructor that takes one."""
 
+import contextlib
+
 import keras
+import numpy as np
 import pytest
 from keras import ops
 from models import assert_close
@@ -21,6 +24,16 @@ OPTIMIZERS = [
 ]
 
 
+@contextlib.contextmanager
+def with_floatx(dtype):
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
+
+
 def value_of(schedule, step):
     return float(to_numpy(schedule(ops.convert_to_tensor(step, "int32"))))
 
@@ -37,17 +50,15 @@ def value_of(schedule, step):
 )
 @pytest.mark.parametrize("floatx", ["float32", "float16"])
 def test_inverse_square_roots(step, value, floatx):
-    before = keras.config.floatx()
-    keras.config.set_floatx(floatx)
-    try:
+    with with_floatx(floatx):
         found = value_of(InverseSqrtDecay(0.5, decay_steps=25), step)
-    finally:
-        keras.config.set_floatx(before)
     assert found == pytest.approx(value, rel=1e-4)
 
 
-def test_a_counter_that_ran_over_leaves_a_small_rate():
-    assert 0 < value_of(InverseSqrtDecay(0.5), -(2**31)) < 2e-4
+@pytest.mark.parametrize("floatx", ["float32", "float16"])
+def test_a_counter_that_ran_over_leaves_a_small_rate(floatx):
+    with with_floatx(floatx):
+        assert 0 < value_of(InverseSqrtDecay(0.5), -(2**31)) < 2e-4
 
 
 @pytest.mark.once
@@ -66,12 +77,21 @@ def test_schedules_are_saved():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("value", [-0.1, float("nan"), None, "0.1", [0.1]])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), None, "0.1", True])
 def test_bad_rates(value):
-    message = "Argument `initial_learning_rate` must be a float >= 0"
-    for make in (InverseSqrtDecay, keras_adafisher.AdaFisher.anytime):
-        with pytest.raises(ValueError, match=message):
-            make(value)
+    message = "learning_rate` must be a float >= 0"
+    with pytest.raises(ValueError, match=f"Argument `initial_{message}"):
+        InverseSqrtDecay(value)
+    with pytest.raises(ValueError, match=f"Argument `{message}"):
+        keras_adafisher.AdaFisher.anytime(value)
+
+
+@pytest.mark.once
+def test_schedules_and_models_are_no_first_rate():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    for value, error in ((schedule, ValueError), (mlp(), TypeError)):
+        with pytest.raises(error, match="`learning_rate` must be a float"):
+            keras_adafisher.AdaFisher.anytime(value)
 
 
 @pytest.mark.once
@@ -119,6 +139,21 @@ def test_other_arguments_of_the_constructor(optimizer_class):
     assert optimizer_class.anytime(0.02).use_ema
     with pytest.raises(ValueError, match="Did you mean `beta`"):
         optimizer_class.anytime(0.02, betta=0.8)
+
+
+@pytest.mark.parametrize("floatx", ["float16", "bfloat16"])
+def test_weights_in_half_precision(floatx):
+    x, y = data()
+    with with_floatx(floatx):
+        model = mlp()
+        optimizer = keras_adafisher.AdaFisherMuon.anytime(0.02)
+        model.compile(optimizer, loss=cross_entropy())
+        before = weights(model)
+        model.fit(x, y, batch_size=12, verbose=0)
+    assert model.trainable_variables[0].dtype == floatx
+    for old, new in zip(before, weights(model), strict=True):
+        assert np.isfinite(new.astype("float32")).all()
+        assert not np.array_equal(old, new)
 
 
 def test_training_goes_on_from_a_file(tmp_path):

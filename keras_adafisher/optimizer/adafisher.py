@@ -283,21 +283,26 @@ class AdaFisher(
     def anytime(
         cls, learning_rate: float, decay_steps: float = 100, **overrides: Any
     ) -> Self:
-        """The optimizer for training that may stop, or go on, at any time.
+        """The optimizer for training that may stop at any time.
 
-        The learning rate falls with the square root of the number of steps, and
-        the weights are averaged over about a tenth of the steps so far. Nobody
-        has to know how many there will be: the averages are about as good as
-        what a cosine schedule leaves that ends at that time.
+        The learning rate falls in proportion to one over the square root of the
+        number of steps (`InverseSqrtDecay`), and the weights are averaged over
+        about a tenth of the steps so far. Nobody has to know how many there
+        will be: at any time, the averages are about as good as the weights that
+        a cosine schedule ending at that step would leave.
 
-        `fit` leaves them in the model at its end.
-        `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)` has them evaluated
-        at the end of each epoch.
+        `fit` leaves the averages in the model at its end, and another `fit`
+        begins with them. `keras.callbacks.SwapEMAWeights()` has them evaluated
+        during training. Averages have the dtype of the weights, and those of
+        half precision are too coarse for long training: take a `mixed_...`
+        policy, whose weights are float32.
 
         Args:
-            learning_rate: Float, that of the first step. For `AdaFisherMuon`,
-                begin with 0.04, the rate for a cosine schedule.
-            decay_steps: Float, see `InverseSqrtDecay`. Defaults to `100`.
+            learning_rate: A float >= 0, that of the first step. About as much
+                as for a cosine schedule: for `AdaFisherMuon` begin with 0.04,
+                for the others with 0.005.
+            decay_steps: A number > 0, see `InverseSqrtDecay`. Defaults to
+                `100`.
             **overrides: Arguments of the constructor.
 
         Returns:
@@ -307,10 +312,13 @@ class AdaFisher(
 
         Raises:
             ValueError: As the constructors.
+            TypeError: As the constructor.
 
         References:
             - [Meterez et al., 2026](https://arxiv.org/abs/2602.03702)
         """
+        arguments.check_learning_rate(learning_rate)
+        arguments.not_negative().checked("learning_rate", learning_rate)
         schedule = InverseSqrtDecay(learning_rate, decay_steps)
         averages = {"use_ema": True, "ema_momentum": "auto"}
         return cls(**{"learning_rate": schedule, **averages, **overrides})

@@ -102,6 +102,11 @@ def _integer(least, **options):
     )
 
 
+def _is_auto(value):
+    # Arrays are compared entry by entry.
+    return isinstance(value, str) and value == "auto"
+
+
 def _are_patterns(value):
     if not isinstance(value, (list, tuple)):
         return False
@@ -138,7 +143,7 @@ RULES = {
     ),
     "keep_roots": Rule(
         'a boolean or "auto"',
-        lambda value: isinstance(value, bool) or value == "auto",
+        lambda value: isinstance(value, bool) or _is_auto(value),
     ),
     "exclude_layers": Rule(
         "a list of strings, regular expressions",
@@ -155,7 +160,7 @@ RULES = {
     "global_clipnorm": not_negative(is_optional=True),
     "ema_momentum": Rule(
         'a float in the range [0, 1] or "auto"',
-        lambda value: value == "auto" or (is_number(value) and 0 <= value <= 1),
+        lambda value: _is_auto(value) or (is_number(value) and 0 <= value <= 1),
     ),
     "loss_scale_factor": positive(is_optional=True),
     "gradient_accumulation_steps": _integer(2, is_optional=True),
@@ -393,14 +398,14 @@ def check_names(unknown, optimizer):
 
 @functools.cache
 def _arguments_of(optimizer):
-    """Set of the names of a class' arguments, those of its bases included."""
-    return {
+    """The names of a class' arguments, those of its bases included."""
+    return frozenset(
         name
         for cls in optimizer.__mro__
         if "__init__" in vars(cls)
         for name in inspect.signature(cls.__init__).parameters
         if name in RULES or name in _WITHOUT_RULE
-    }
+    )
 
 
 def _meant(name, known):

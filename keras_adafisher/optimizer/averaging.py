@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_adafisher import backend
-from keras_adafisher.optimizer import update_rule
 
-# Of the steps so far, how many an average is over with `ema_momentum="auto"`.
+# The share of the steps so far that an average covers, with
+# `ema_momentum="auto"`.
 AVERAGED_SHARE = 0.1
 
 
@@ -42,11 +42,12 @@ class Averaging:
                 )
 
     def _share_of_new_weights(self):
-        """How much weights count in an average over a share of all steps.
+        """How much the newest weights count in the averages.
 
-        The first weights replace what an average begins with. After `n` more
-        steps it is `1 / (1 + AVERAGED_SHARE * n)`, so that weights from step
-        `k` count in proportion to a power of `k`: Shamir and Zhang, "Stochastic
+        The first weights replace what an average begins with. Those that come
+        `n` steps later count `1 / (1 + AVERAGED_SHARE * n)`. So in the end the
+        weights of step `k` count about as much as a power of `k`, and the last
+        tenth of the steps most: Shamir and Zhang, "Stochastic
         Gradient Descent for Non-smooth Optimization" (arXiv 1212.1824), section
         4; Karras et al., "Analyzing and Improving the Training Dynamics of
         Diffusion Models" (arXiv 2312.02696), section 3.1.
@@ -64,8 +65,7 @@ class Averaging:
         if not isinstance(step, int):
             # Else it would become Keras' `floatx`, which may be float16.
             step = ops.cast(step, "float32")
-        before = update_rule.past_the_largest(step + 1) - 1
-        return 1 / (1 + AVERAGED_SHARE * before)
+        return 1 / (1 + AVERAGED_SHARE * step)
 
     def finalize_variable_values(
         self, var_list: Sequence[keras.Variable]

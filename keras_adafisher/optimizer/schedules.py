@@ -18,15 +18,24 @@ class InverseSqrtDecay(keras.optimizers.schedules.LearningRateSchedule):
     it takes the place of a schedule that has to know when training ends.
     `AdaFisher.anytime` sets both.
 
-        initial_learning_rate / sqrt(1 + step / decay_steps)
+    It is computed as:
+
+        def decayed_learning_rate(step):
+            return initial_learning_rate / sqrt(1 + step / decay_steps)
 
     Args:
         initial_learning_rate: A float >= 0. The learning rate of the first
             step.
-        decay_steps: An integer or a float > 0. After three times as many steps
-            the learning rate is half of the initial one. Defaults to `100`.
+        decay_steps: A number > 0. After three times as many steps the learning
+            rate is half of the initial one. Keras counts batches: with
+            `gradient_accumulation_steps=n`, give `n` times as many. Defaults to
+            `100`.
         name: String. Optional name of the operation. Defaults to
             `"InverseSqrtDecay"`.
+
+    Returns:
+        A 1-arg callable learning rate schedule that takes the current optimizer
+        step and outputs the decayed learning rate, a scalar tensor of float32.
 
     Raises:
         ValueError: An argument is out of its range.

@@ -106,4 +106,4 @@ def past_the_largest(step):
     """
     if isinstance(step, int):
         return step if step > 0 else 2**31
-    return ops.where(step > 0, step, 2.0**31)
+    return backend.filled(step, step <= 0, 2.0**31)
