@@ -176,17 +176,17 @@ class Plan:
 
 # From how long a task takes and the effort.
 PLANS = {
-    ("short", "much"): Plan(11, 4, 3, 10, 10, 3),
-    ("short", "some"): Plan(11, 4, 3, 10, 0, 3),
-    ("short", "little"): Plan(11, 4, 3, 10, 0, 3),
+    ("short", "much"): Plan(11, 4, 3, 10, 10, 10),
+    ("short", "some"): Plan(11, 4, 3, 10, 0, 10),
+    ("short", "little"): Plan(11, 4, 3, 10, 0, 10),
     ("short", "ablation"): Plan(5, 4, 3, 10, 0, 0),
-    ("middle", "much"): Plan(11, 3, 3, 10, 5, 3),
-    ("middle", "some"): Plan(11, 3, 3, 10, 0, 3),
-    ("middle", "little"): Plan(5, 5, 3, 10, 0, 2),
+    ("middle", "much"): Plan(11, 3, 3, 10, 5, 10),
+    ("middle", "some"): Plan(11, 3, 3, 10, 0, 10),
+    ("middle", "little"): Plan(5, 5, 3, 10, 0, 3),
     ("middle", "ablation"): Plan(5, 2, 3, 10, 0, 0),
-    ("long", "much"): Plan(5, 5, 3, 10, 5, 3),
-    ("long", "some"): Plan(5, 4, 1, 5, 0, 1),
-    ("long", "little"): Plan(3, 3, 1, 3, 0, 1),
+    ("long", "much"): Plan(5, 5, 3, 10, 5, 5),
+    ("long", "some"): Plan(5, 4, 1, 5, 0, 3),
+    ("long", "little"): Plan(3, 3, 1, 3, 0, 3),
     ("long", "ablation"): Plan(4, 1, 3, 10, 0, 0),
     ("longest", "much"): Plan(3, 2, 1, 3, 3, 0),
 }

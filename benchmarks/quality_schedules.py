@@ -1,13 +1,14 @@
-"""The quality benchmark's tasks without a schedule, and with a longer one.
+"""The quality benchmark's tasks without a known end, and with a later one.
 
     KERAS_BACKEND=jax python benchmarks/quality_schedules.py
 
 What `benchmarks/quality.py` compares are runs with a cosine over the task's
 number of steps. Here are two others, on the same tasks:
 
-- averaged: a constant learning rate, without a warm-up, and what is evaluated
-  is the average of the weights that Keras keeps with `use_ema=True`, over about
-  a tenth of the run.
+- anytime: a learning rate that falls with the square root of the number of
+  steps, without a warm-up, and what is evaluated is the average of the weights
+  over about a tenth of the steps so far. That is what `AdaFisher.anytime` makes
+  of ours; all others get the same. A rate that falls later is tried too.
 - longer: four times as many steps, with a warm-up and a cosine over all.
 
 Momentum and weight decay are those that `benchmarks/quality.py` has chosen, for
@@ -35,8 +36,6 @@ from benchmarks.quality import widened
 from benchmarks.quality_rivals import MAIN
 from benchmarks.quality_rivals import Plan
 
-# Of the steps of a run, how many an average is over.
-AVERAGED_SHARE = 0.1
 TIMES_LONGER = 4
 
 
@@ -45,20 +44,22 @@ class Regime:
     """What is changed of the quality benchmark's runs.
 
     Attributes:
-        is_averaged: Bool, whether the rate is constant and weights averaged.
+        schedules: Tuple of keys of `SCHEDULES`. The first is tuned, the others
+            are tried at the best learning rate and at half of it.
+        is_averaged: Bool, whether averages of the weights are evaluated.
         times: Integer, how many times as many steps.
-        octave: Integer, where learning rates are tried first, next to the one
-            that is best with the quality benchmark's schedule.
     """
 
+    schedules: tuple
     is_averaged: bool
     times: int
-    octave: int
 
 
 REGIMES = {
-    "averaged": Regime(is_averaged=True, times=1, octave=-1),
-    "longer": Regime(is_averaged=False, times=TIMES_LONGER, octave=0),
+    "anytime": Regime(
+        ("inverse_sqrt, 100", "inverse_sqrt, 400"), is_averaged=True, times=1
+    ),
+    "longer": Regime(("cosine",), is_averaged=False, times=TIMES_LONGER),
 }
 
 
@@ -124,31 +125,47 @@ def tuned(contest, regime, found):
     """
     task = task_of(contest.name)
     parts = regime.times * task.parts
-    changes = {}
-    if regime.is_averaged:
-        averaged = AVERAGED_SHARE * parts * task.steps
-        changes = {"schedule": "constant", "ema_momentum": 1 - 1 / averaged}
-    centre = found["learning_rate"] * 2.0**regime.octave
+    # The one that is best with the quality benchmark's schedule.
+    centre = found["learning_rate"]
 
-    def run(rate, seed):
+    def run(rate, schedule, seed):
         settings = found["momentum"], found["decay"]
-        return contest.run(rate, seed, parts, *settings, **changes)
+        return contest.run(
+            rate,
+            seed,
+            parts,
+            *settings,
+            schedule=schedule,
+            is_averaged=regime.is_averaged,
+        )
 
-    def losses(octave):
-        rate = centre * 2.0**octave
+    def losses(rate, schedule):
         seeds = TUNING_SEEDS[: contest.plan.tuning]
-        return [short(run(rate, seed).lowest) for seed in seeds]
+        return [short(run(rate, schedule, seed).lowest) for seed in seeds]
 
-    rates = widened(losses, contest.plan)
+    first, *others = regime.schedules
+    rates = widened(
+        lambda octave: losses(centre * 2.0**octave, first), contest.plan
+    )
     best = min(rates, key=lambda octave: total(rates, octave))
+    trials = {(centre * 2.0**best, first): rates[best]}
+    for schedule in others:
+        for rate in (centre * 2.0**best, centre * 2.0 ** (best - 1)):
+            trials[rate, schedule] = losses(rate, schedule)
+    rate, schedule = min(trials, key=lambda trial: sum(trials[trial]))
     return {
         "rates": [
             [short(centre * 2.0**octave), rates[octave]]
             for octave in sorted(rates)
         ],
-        "learning_rate": centre * 2.0**best,
+        "schedules": [
+            [short(tried), name, found_losses]
+            for (tried, name), found_losses in trials.items()
+        ],
+        "learning_rate": rate,
+        "schedule": schedule,
         "runs": [
-            as_row(run(centre * 2.0**best, seed))
+            as_row(run(rate, schedule, seed))
             for seed in FRESH_SEEDS[: contest.plan.seeds]
         ],
     }

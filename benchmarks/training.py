@@ -7,6 +7,7 @@ Keras' stateless API is all that it takes: `stateless_call`, `stateless_apply`.
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ import numpy as np
 import keras_adafisher
 
 WARM_UP = 0.05
+# Of the steps so far, how many an average of the weights is over.
+AVERAGED_SHARE = 0.1
 
 
 @dataclasses.dataclass
@@ -39,6 +42,20 @@ def cosine(steps):
     numbers = np.arange(steps)
     warm_up = np.minimum(1, (numbers + 1) / (WARM_UP * steps))
     return warm_up * 0.5 * (1 + np.cos(np.pi * numbers / steps))
+
+
+def inverse_sqrt(steps, decay_steps):
+    """The same for `InverseSqrtDecay`, without a warm-up."""
+    return 1 / np.sqrt(1 + np.arange(steps) / decay_steps)
+
+
+SCHEDULES = {
+    "constant": np.ones,
+    "cosine": cosine,
+    # As `AdaFisher.anytime` has it by default, and one that falls later.
+    "inverse_sqrt, 100": functools.partial(inverse_sqrt, decay_steps=100),
+    "inverse_sqrt, 400": functools.partial(inverse_sqrt, decay_steps=400),
+}
 
 
 @contextlib.contextmanager
@@ -117,7 +134,7 @@ class Trainer:
         seed,
         parts=None,
         schedule="cosine",
-        ema_momentum=None,
+        is_averaged=False,
         **changes,
     ):
         """Train from fresh weights.
@@ -128,25 +145,24 @@ class Trainer:
             parts: Integer, how often to train for as many steps as lie between
                 two evaluations. The schedule is made for it. Defaults to the
                 task's.
-            schedule: "cosine" or "constant".
-            ema_momentum: Float, to evaluate the average of the weights that
-                `use_ema` keeps with this momentum. `None`: the weights.
+            schedule: A key of `SCHEDULES`.
+            is_averaged: Bool, whether to evaluate the average of the weights
+                over about a tenth of the steps so far, as our optimizers keep
+                it with `ema_momentum="auto"`.
             **changes: Settings in place of the optimizer's own.
 
         Returns:
             `Run`.
         """
         parts = parts or self.task.parts
-        rates = np.full((parts, self.task.steps), learning_rate, "float32")
-        if schedule == "cosine":
-            rates *= cosine(rates.size).reshape(rates.shape)
+        rates = learning_rate * SCHEDULES[schedule](parts * self.task.steps)
+        rates = rates.reshape(parts, self.task.steps).astype("float32")
         state, average = self.fresh_state(seed), None
         shares = [None] * parts
-        if ema_momentum is not None:
+        if is_averaged:
             average = jax.tree.map(jnp.array, state[0])
-            # As Keras has it, the average begins with the first step's weights.
-            shares = np.full(rates.shape, 1 - ema_momentum, "float32")
-            shares[0, 0] = 1
+            shares = 1 / (1 + AVERAGED_SHARE * np.arange(rates.size))
+            shares = shares.reshape(rates.shape).astype("float32")
         batches = self.batches(seed)
         run = Run([])
         _, validation, test = self._data

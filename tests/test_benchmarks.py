@@ -10,7 +10,7 @@ import pytest
 from processes import run
 
 from tools.report.performance.results import slope
-from tools.report.quality.results import AVERAGED
+from tools.report.quality.results import ANYTIME
 from tools.report.quality.results import is_better
 from tools.report.quality.results import load
 from tools.report.quality.results import load_schedules
@@ -174,7 +174,7 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
     (other,) = load_schedules(folder, {"diabetes": data}).values()
     for rival in MAIN:
         parts = len(runs_of(data, "steps", rival)[0]["validation"])
-        for kind, times in ((AVERAGED, 1), (LONGER, 4)):
+        for kind, times in ((ANYTIME, 1), (LONGER, 4)):
             (one,) = runs_of(other, kind, rival)
             assert np.isfinite(one["validation"]).all(), (kind, rival)
             assert len(one["validation"]) == times * parts
@@ -185,30 +185,31 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
     page = (tmp_path / "quality.md").read_text()
     assert not re.search(r"\b(nan|inf)\b", page)
     # Scores at equal steps and time, at four defaults, and with two other
-    # schedules; times to the target, rates, octaves, other forms, costs,
-    # factors; the first table; and that of what whitening adds, which the notes
-    # have.
-    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 16
+    # schedules; times to the target, also with one of these, rates, octaves,
+    # other forms, costs, factors; the first table; and that of what whitening
+    # adds, which the notes have.
+    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 17
     for plot in ("sensitivity", "curves", "rates", "profiles"):
         path = tmp_path / "quality" / f"{plot}.svg"
         assert path.stat().st_size > 10_000
         assert f"(quality/{plot}.svg)" in page
 
 
-AS_KERAS = """
+AS_ANYTIME = """
 import keras
 from benchmarks.quality_tasks import TASKS
 from benchmarks.training import Trainer
+from keras_adafisher import AdaFisherMuon
 
-task, settings = TASKS["diabetes"](), {"use_ema": True, "ema_momentum": 0.9}
-trainer = Trainer(task, keras.optimizers.SGD)
+task = TASKS["diabetes"]()
+trainer = Trainer(task, AdaFisherMuon)
 run = trainer.run(
-    0.05, seed=3, parts=2, schedule="constant", ema_momentum=0.9
+    0.05, seed=3, parts=2, schedule="inverse_sqrt, 100", is_averaged=True
 )
 
 keras.utils.set_random_seed(3)
 model = task.make_model()
-model.compile(keras.optimizers.SGD(0.05, **settings), loss="mse")
+model.compile(AdaFisherMuon.anytime(0.05), loss="mse")
 batches = trainer.batches(seed=3)
 for _ in range(2 * task.steps):
     rows = next(batches)
@@ -239,28 +240,34 @@ for regime in quality_schedules.REGIMES.values():
     rate = quality_schedules.tuned(contest, regime, found)["learning_rate"]
     parts = {a[1] for a in asked}
     settings = {a[2:4] for a in asked}
-    changes = {tuple(sorted(a[4].items())) for a in asked}
+    runs = [(a[0], a[4]["schedule"], a[4]["is_averaged"]) for a in asked]
     task = quality_schedules.task_of("diabetes")
-    print([rate, parts, settings, changes, task.parts, task.steps])
+    print([rate, parts, settings, runs, task.parts])
     asked.clear()
 """
 
 
-def test_averages_of_weights_are_those_of_keras():
-    output = run("-c", AS_KERAS, KERAS_BACKEND="jax")
-    ours, keras_own, not_averaged = map(float, output.split()[-3:])
-    assert abs(ours - keras_own) < 1e-5 * keras_own
-    assert abs(ours - not_averaged) > 1e-3 * keras_own
+def test_averages_of_weights_are_those_of_anytime():
+    output = run("-c", AS_ANYTIME, KERAS_BACKEND="jax")
+    measured, users, not_averaged = map(float, output.split()[-3:])
+    assert abs(measured - users) < 1e-4 * users
+    assert abs(measured - not_averaged) > 1e-3 * users
 
 
 def test_what_runs_with_other_schedules_are():
     output = run("-c", SCHEDULES, KERAS_BACKEND="jax")
-    averaged, longer = map(ast.literal_eval, output.splitlines()[-2:])
-    *_, parts, steps = averaged
-    momentum = 1 - 10 / (parts * steps)
-    constant = (("ema_momentum", momentum), ("schedule", "constant"))
-    assert averaged[:4] == [0.02, {parts}, {(0.8, 0.3)}, {constant}]
-    assert longer[:4] == [0.02, {4 * parts}, {(0.8, 0.3)}, {()}]
+    anytime, longer = map(ast.literal_eval, output.splitlines()[-2:])
+    parts = anytime[-1]
+    # What falls later is tried at the best rate and at half of it.
+    later = ("inverse_sqrt, 400", True)
+    assert anytime[:3] == [0.02, {parts}, {(0.8, 0.3)}]
+    assert anytime[3][-7:] == [
+        (0.02, *later),
+        (0.01, *later),
+        *[(0.02, "inverse_sqrt, 100", True)] * 5,
+    ]
+    assert longer[:3] == [0.02, {4 * parts}, {(0.8, 0.3)}]
+    assert {run[1:] for run in longer[3]} == {("cosine", False)}
 
 
 def test_the_mean_of_what_is_recommended():

@@ -53,7 +53,7 @@ PROGRAMS = {
     ABLATION: "AdaFisherMuon",
 }
 # What `benchmarks/quality_schedules.py` measures, and who needs no schedule.
-AVERAGED, LONGER = "averaged", "longer"
+ANYTIME, LONGER = "anytime", "longer"
 NO_SCHEDULE = "ScheduleFreeAdamW"
 # What a run counts that never reaches the target, as a multiple of AdamW's
 # time. Where runs stop, it could be anything above 1.
@@ -142,7 +142,7 @@ def load_schedules(folder, results):
         rows = found[task]["rows"]
         own = data["rows"].get(f"steps: {NO_SCHEDULE}")
         if own:
-            rows[f"{AVERAGED}: {NO_SCHEDULE}"] = own
+            rows[f"{ANYTIME}: {NO_SCHEDULE}"] = own
     return found
 
 
@@ -296,31 +296,9 @@ def mean_octaves(results, rival):
 def times_to_target(data, only_longest=False):
     """Per optimizer the time to AdamW's lowest loss, AdamW's own being 1."""
 
-    def trials_of(rival):
-        shorter = data["rows"].get(f"sooner: {rival}", {})
-        return [
-            [run["validation"] for run in runs_of(data, "time", rival)],
-            *(
-                curves
-                for curves in shorter.values()
-                if isinstance(curves, list)
-            ),
-        ]
-
-    # As many seeds as all of its schedules have. Of an even number of them, at
-    # least half reach the target, and the median time is that of one of these.
-    seeds = min(map(len, trials_of("AdamW")))
-    target = statistics.median_high(
-        min(curve) for curve in trials_of("AdamW")[0][:seeds]
-    )
-
     def time_of(rival):
-        trials = trials_of(rival)[: 1 if only_longest else None]
-        studies = [
-            min(steps_to(target, curve) for curve in study)
-            for study in zip(*(t[:seeds] for t in trials), strict=False)
-        ]
-        return statistics.median_low(studies) * ratio_in_time(data, rival)
+        trials = trials_of(data, rival)[: 1 if only_longest else None]
+        return time_to_target(data, trials) * ratio_in_time(data, rival)
 
     own = time_of("AdamW")
     return {
@@ -328,6 +306,61 @@ def times_to_target(data, only_longest=False):
         for rival in RIVALS
         if runs_of(data, "time", rival)
     }
+
+
+def anytime_times(data, schedules):
+    """The same of single runs without a known end, with averaged weights.
+
+    AdamW's own with a cosine over all steps is 1. What takes longer than
+    AdamW's whole run is infinite.
+
+    Args:
+        data: What `load` gives for a task.
+        schedules: What `load_schedules` gives for it.
+    """
+    longest = trials_of(data, "AdamW")[:1]
+    own, limit = time_to_target(data, longest), len(longest[0][0])
+    times = {}
+    for rival in (*MAIN, NO_SCHEDULE):
+        curves = [
+            run["validation"] for run in runs_of(schedules, ANYTIME, rival)
+        ]
+        if curves:
+            time = time_to_target(data, [curves]) * ratio_of(data, rival)
+            times[rival] = time / own if time <= limit else math.inf
+    return times
+
+
+def trials_of(data, rival):
+    """Schedules of several lengths, the longest first: curves, by seeds."""
+    shorter = data["rows"].get(f"sooner: {rival}", {})
+    return [
+        [run["validation"] for run in runs_of(data, "time", rival)],
+        *(curves for curves in shorter.values() if isinstance(curves, list)),
+    ]
+
+
+def time_to_target(data, trials):
+    """When the first of some trials gets to AdamW's lowest loss.
+
+    Args:
+        data: What `load` gives for a task.
+        trials: List of lists of curves, one for each seed.
+
+    Returns:
+        Float, median of the seeds in evaluations, or infinity.
+    """
+    # As many seeds as all of its schedules have. Of an even number of them, at
+    # least half reach the target, and the median time is that of one of these.
+    reference = trials_of(data, "AdamW")
+    seeds = min(map(len, reference))
+    target = statistics.median_high(
+        min(curve) for curve in reference[0][:seeds]
+    )
+    return statistics.median_low(
+        min(steps_to(target, curve) for curve in study)
+        for study in zip(*(trial[:seeds] for trial in trials), strict=False)
+    )
 
 
 def steps_to(target, curve):

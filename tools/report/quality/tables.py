@@ -4,7 +4,7 @@ import math
 import statistics
 
 from tools.report.quality.results import ABLATION
-from tools.report.quality.results import AVERAGED
+from tools.report.quality.results import ANYTIME
 from tools.report.quality.results import BY_LOSS
 from tools.report.quality.results import DEFAULTS
 from tools.report.quality.results import divergences
@@ -125,7 +125,7 @@ def schedule_table(results, schedules, kind):
         )
 
     names = {
-        AVERAGED: "constant, weights averaged",
+        ANYTIME: "at any time",
         LONGER: "four times as many steps",
     }
     rows = [
@@ -165,8 +165,13 @@ def defaults_name(kind):
     return f"{rate}, {schedule}"
 
 
-def target_table(times, with_longest):
-    """The table of the times to AdamW's best."""
+def target_table(times, with_longest=None):
+    """The table of the times to AdamW's best.
+
+    Args:
+        times: Dict from tasks to dicts from optimizers to times.
+        with_longest: The same with the longest schedule only, for its mean.
+    """
     rivals = [r for r in RIVALS if any(r in row for row in times.values())]
 
     def cell(row, rival):
@@ -178,11 +183,13 @@ def target_table(times, with_longest):
         [TASKS[task], *(cell(row, rival) for rival in rivals)]
         for task, row in times.items()
     ]
-    for what, of_all in (
-        ("**geometric mean**", geometric_means(times)),
-        ("with the longest schedule only", geometric_means(with_longest)),
+    for what, each in (
+        ("**geometric mean**", times),
+        ("with the longest schedule only", with_longest),
     ):
-        rows.append([what, *(f"{of_all[r]:.2f}" for r in rivals)])
+        if each:
+            means = geometric_means(each)
+            rows.append([what, *(f"{means[r]:.2f}" for r in rivals)])
     return table(["task", *rivals], rows)
 
 
