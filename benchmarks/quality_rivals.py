@@ -184,9 +184,9 @@ PLANS = {
     ("middle", "some"): Plan(11, 3, 3, 10, 0, 10),
     ("middle", "little"): Plan(5, 5, 3, 10, 0, 3),
     ("middle", "ablation"): Plan(5, 2, 3, 10, 0, 0),
-    ("long", "much"): Plan(5, 5, 3, 10, 5, 5),
-    ("long", "some"): Plan(5, 4, 1, 5, 0, 3),
-    ("long", "little"): Plan(3, 3, 1, 3, 0, 3),
+    ("long", "much"): Plan(5, 5, 3, 10, 5, 3),
+    ("long", "some"): Plan(5, 4, 1, 5, 0, 1),
+    ("long", "little"): Plan(3, 3, 1, 3, 0, 1),
     ("long", "ablation"): Plan(4, 1, 3, 10, 0, 0),
     ("longest", "much"): Plan(3, 2, 1, 3, 3, 0),
 }

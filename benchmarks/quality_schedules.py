@@ -5,10 +5,11 @@
 What `benchmarks/quality.py` compares are runs with a cosine over the task's
 number of steps. Here are two others, on the same tasks:
 
-- anytime: a learning rate that falls with the square root of the number of
-  steps, without a warm-up, and what is evaluated is the average of the weights
-  over about a tenth of the steps so far. That is what `AdaFisher.anytime` makes
-  of ours; all others get the same. A rate that falls later is tried too.
+- anytime: a learning rate that falls as one over the square root of the number
+  of steps, without a warm-up, and what is evaluated is the average of the
+  weights over about a tenth of the steps so far. That is what
+  `AdaFisher.anytime` makes of ours; all others get the same. A rate that falls
+  later is tried too.
 - longer: four times as many steps, with a warm-up and a cosine over all.
 
 Momentum and weight decay are those that `benchmarks/quality.py` has chosen, for

@@ -25,6 +25,7 @@ class Averaging:
         for variable, average in zip(
             trainable_variables,
             self._model_variables_moving_average,
+            # Behind the weights are probes, which have no averages.
             strict=False,
         ):
             if average is not None:
