@@ -30,17 +30,17 @@ What it takes, in minutes of one core that others use too, with the numbers of
 rates and seeds in `benchmarks/quality_rivals.py`:
 
     task            rates  seeds  sooner  defaults  compiling  all
-    gpt              11.5    6.2     2.3       3.5        1.0   24
-    vit              10.3    6.1     2.4       4.2        1.0   24
+    gpt              11.5    6.2     2.3       7.5        1.0   28
+    vit              10.3    6.1     2.4       7.1        1.0   27
     gpt2              9.3    5.9     6.8                  1.0   23
-    autoencoder      11.9    6.8     0.8       1.8        0.4   22
-    cnn               9.0    4.0     2.0       3.6        0.9   19
-    lstm              9.9    3.5     1.0       1.7        0.4   16
-    tuning            5.1    1.5     0.7       1.5        0.6    9
-    mlp               4.2    2.1     0.3       0.6        0.3    8
-    large             3.8    1.3     0.3       0.6        0.4    6
-    four tables       1.4    0.6     0.1       0.1        1.1    3
-    all                                                        156
+    autoencoder      11.9    6.8     0.8       8.0        0.4   28
+    cnn               9.0    4.0     2.0       5.2        0.9   21
+    lstm              9.9    3.5     1.0       8.2        0.4   23
+    tuning            5.1    1.5     0.7       6.7        0.6   14
+    mlp               4.2    2.1     0.3       2.9        0.3   10
+    large             3.8    1.3     0.3       2.8        0.4    8
+    four tables       1.4    0.6     0.1       1.9        1.1    5
+    all                                                        189
 """
 
 import concurrent.futures

@@ -14,7 +14,7 @@ number of steps. Here are two others, on the same tasks:
 
 Momentum and weight decay are those that `benchmarks/quality.py` has chosen, for
 AdaFisherMuon those of its default form. So that has to run before. Learning
-rates are tuned anew, a factor of two apart. It takes an hour and a half of one
+rates are tuned anew, a factor of two apart. It takes nearly two hours of one
 core.
 """
 

@@ -199,8 +199,8 @@ MUTATIONS = [
     ),
     Mutation(
         RULE,
-        "ops.where(step > 0, step, 2.0**31)",
-        "ops.where(step > 0, step, step)",
+        "backend.filled(step, step <= 0, 2.0**31)",
+        "step",
         "test_long_run",
         backend="jax",
     ),
