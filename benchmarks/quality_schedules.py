@@ -148,10 +148,11 @@ def tuned(contest, regime, found):
     rates = widened(
         lambda octave: losses(centre * 2.0**octave, first), contest.plan
     )
-    best = min(rates, key=lambda octave: total(rates, octave))
-    trials = {(centre * 2.0**best, first): rates[best]}
+    octave = min(rates, key=lambda octave: total(rates, octave))
+    best = centre * 2.0**octave
+    trials = {(best, first): rates[octave]}
     for schedule in others:
-        for rate in (centre * 2.0**best, centre * 2.0 ** (best - 1)):
+        for rate in (best, best / 2):
             trials[rate, schedule] = losses(rate, schedule)
     rate, schedule = min(trials, key=lambda trial: sum(trials[trial]))
     return {

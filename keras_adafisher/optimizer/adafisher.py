@@ -321,7 +321,7 @@ class AdaFisher(
         arguments.not_negative().checked("learning_rate", learning_rate)
         schedule = InverseSqrtDecay(learning_rate, decay_steps)
         averages = {"use_ema": True, "ema_momentum": "auto"}
-        return cls(**{"learning_rate": schedule, **averages, **overrides})
+        return cls(schedule, **{**averages, **overrides})
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
