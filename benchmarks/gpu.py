@@ -5,11 +5,12 @@
 in less than eight minutes. Without a GPU, `make bench-gpu-tiny` runs all of it
 in a tiny form, which tells whether it works and nothing else.
 
-A process for each model and backend (`gpu_worker.py`) compiles the step of each
-optimizer, all processes side by side. Once all are ready, they take turns with
-the GPU. What they find is in benchmarks/results/gpu/gpu-jax.json and
-gpu-torch.json, and `tools/report/performance_gpu/` makes
-docs/performance_gpu.md of it.
+A process for each model (`gpu_worker.py`) compiles the step of each optimizer,
+all processes side by side. Once all are ready, they take turns with the GPU:
+first those of JAX, then those of PyTorch. What they find is in
+benchmarks/results/gpu/gpu-jax.json and gpu-torch.json, where models that aren't
+measured anew keep what they have from the same GPU and the same versions.
+`tools/report/performance_gpu/` makes docs/performance_gpu.md of it.
 
 This file and the one that makes the page need Python alone. The interpreter
 that runs it also runs the processes: it needs JAX and PyTorch that see the GPU,
@@ -56,9 +57,12 @@ PROBES = {
     "jax": "import jax; print(jax.devices('gpu')[0].device_kind)",
     "torch": "import torch; print(torch.cuda.get_device_name())",
 }
-# Seconds since the start. Those who are ready don't wait longer for the others,
-# so that there is time for their turns.
-LATEST_GO = 260
+# Seconds since a backend's start. Those who are ready don't wait longer for the
+# others, so that there is time for their turns.
+LATEST_GO = 200
+# Seconds that a turn may take.
+LONGEST_TURN = 75
+# Seconds since the start of all.
 LIMIT = 470
 NO_GPU = """\
 No GPU for {backend}: {reason}
@@ -68,12 +72,22 @@ on a CPU, and `--backends` leaves a backend out."""
 
 # Trying out which kernel is fastest takes most of the time that it takes to
 # compile, and with 24 programs at once it takes longer than a run may. The
-# kernels are the libraries' own choice instead, for all optimizers.
+# kernels of matrix products are the library's own choice instead, for all
+# optimizers. Of convolutions, that choice is many times slower than the best:
+# those are tried out, without a look at what they compute.
 NO_TUNING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+TUNED_CONVOLUTIONS = NO_TUNING.replace("level=0", "level=1")
+WITH_CONVOLUTIONS = ("vit", "resnet50", "resnet")
 
 
-def environment(backend, tiny, tunes=False):
-    """The variables of a process."""
+def environment(backend, tiny, flags=NO_TUNING):
+    """The variables of a process.
+
+    Args:
+        backend: String.
+        tiny: Bool.
+        flags: String, of XLA on a GPU.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     result = {
         **os.environ,
@@ -95,9 +109,7 @@ def environment(backend, tiny, tunes=False):
         # XLA compiles with as many threads. `common.py` would have one.
         result["NPROC"] = str(os.cpu_count())
         result.setdefault("CUDA_VISIBLE_DEVICES", "0")
-        if not tunes:
-            flags = os.environ.get("XLA_FLAGS", "")
-            result["XLA_FLAGS"] = f"{flags} {NO_TUNING}"
+        result["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     return result
 
 
@@ -122,18 +134,31 @@ def check_gpu(backends):
 
 
 class Worker:
-    """One process: a model on a backend."""
+    """One process: a model on a backend.
 
-    def __init__(self, backend, model, folder, tiny, tunes):
+    Args:
+        backend, model: Strings.
+        folder: Path, for all that the processes tell.
+        arguments: What the command line says.
+    """
+
+    def __init__(self, backend, model, folder, arguments):
         self.backend, self.model = backend, model
         self.name = f"{backend}-{model}"
         self._folder = folder
         script = pathlib.Path(__file__).with_name("gpu_worker.py")
         command = [sys.executable, str(script), model, str(folder)]
+        command += ["--tiny"] * arguments.tiny
+        command += ["--at-once"] * arguments.at_once
+        flags = NO_TUNING
+        if arguments.autotune:
+            flags = ""
+        elif model in WITH_CONVOLUTIONS:
+            flags = TUNED_CONVOLUTIONS
         with self._file("log").open("w") as log:
             self._process = subprocess.Popen(
-                command + ["--tiny"] * tiny,
-                env=environment(backend, tiny, tunes),
+                command,
+                env=environment(backend, arguments.tiny, flags),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -149,6 +174,10 @@ class Worker:
     def is_ready(self):
         return self._file("ready").exists()
 
+    def give_turn(self):
+        """Let it use the GPU. Nobody else does until it ends."""
+        self._file("go").touch()
+
     def found(self):
         """What it measured, `None` if it failed."""
         path = self._file("json")
@@ -162,6 +191,10 @@ class Worker:
         if self.is_running:
             self._process.kill()
         self._process.wait()
+
+
+# Rows of different files are comparable if these are equal.
+SAME = ("level", "tunes", "version", "keras", "package", "device")
 
 
 class Results:
@@ -186,10 +219,21 @@ class Results:
             }
             for backend in BACKENDS
         }
+        # What is kept if it has the same values of `SAME`.
+        self._before = {
+            backend: json.loads(self._path(backend).read_text())
+            for backend in BACKENDS
+            if self._path(backend).exists()
+        }
 
     def add(self, worker, found):
         data = self._data[worker.backend]
         data.update(found["machine"])
+        before = self._before.pop(worker.backend, {})
+        if all(before.get(key) == data[key] for key in SAME):
+            data["rows"] = before["rows"]
+            for key in {"notes", "prototypes"} & before.keys():
+                data[key] = before[key]
         data["rows"][worker.model] = found["row"]
         # In the order of the models, not that of the turns.
         data["rows"] = {
@@ -200,36 +244,54 @@ class Results:
 
     def disturbed_by(self, late):
         """Note who still compiled while others timed."""
-        for data in self._data.values():
-            data["late"] = [worker.name for worker in late]
+        for worker in late:
+            names = self._data[worker.backend].setdefault("late", [])
+            if worker.name not in names:
+                names.append(worker.name)
+
+    def _path(self, backend):
+        return self._folder / f"gpu-{backend}.json"
 
     def write(self):
         self._folder.mkdir(parents=True, exist_ok=True)
         for backend, data in self._data.items():
             if data["rows"]:
-                path = self._folder / f"gpu-{backend}.json"
+                path = self._path(backend)
                 # Never half a file.
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text(json.dumps(data, indent=1) + "\n")
                 temporary.replace(path)
 
 
-def measure(workers, folder, results, start):
+def measure(workers, results, start):
     """Let the workers take turns, and keep what they find.
+
+    Args:
+        workers: List of `Worker`, in the order of their turns.
+        results: `Results`.
+        start: Float, when all began.
 
     Returns:
         The names of those that found nothing.
     """
     failed = []
     running = list(workers)
-    go = folder / "go"
+    turn = None
+    own_start = time.monotonic()
     while running:
         passed = time.monotonic() - start
+        waited = time.monotonic() - own_start
         late = [worker for worker in running if not worker.is_ready]
-        if not go.exists() and (not late or passed > LATEST_GO):
-            results.disturbed_by(late)
-            go.touch()
-            print(f"{passed:.0f} s: compiled, now take turns", flush=True)
+        if turn not in running and (not late or waited > LATEST_GO):
+            ready = [worker for worker in running if worker.is_ready]
+            if ready:
+                turn, turn_start = ready[0], time.monotonic()
+                results.disturbed_by(late)
+                turn.give_turn()
+                print(f"{passed:.0f} s: {turn.name} has the GPU", flush=True)
+        if turn in running and time.monotonic() - turn_start > LONGEST_TURN:
+            print(f"{passed:.0f} s: {turn.name} takes too long", flush=True)
+            turn.stop()
         for worker in [w for w in running if not w.is_running]:
             running.remove(worker)
             found = worker.found()
@@ -269,6 +331,12 @@ def main():
         help="let XLA try out kernels, as it does by default; it takes minutes",
     )
     parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="compile all programs of a model at once: sooner, but what each "
+        "takes isn't known then",
+    )
+    parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=list(MODELS)
     )
     parser.add_argument("--results", type=pathlib.Path)
@@ -279,25 +347,18 @@ def main():
     start = time.monotonic()
     if not arguments.tiny:
         check_gpu(arguments.backends)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        workers = []
-        try:
-            for model in arguments.models:
-                for backend in arguments.backends:
-                    workers.append(
-                        Worker(
-                            backend,
-                            model,
-                            folder,
-                            arguments.tiny,
-                            arguments.autotune,
-                        )
-                    )
-            failed = measure(workers, folder, results, start)
-        finally:
-            for worker in workers:
-                worker.stop()
+    failed = []
+    for backend in arguments.backends:
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            workers = []
+            try:
+                for model in arguments.models:
+                    workers.append(Worker(backend, model, folder, arguments))
+                failed += measure(workers, results, start)
+            finally:
+                for worker in workers:
+                    worker.stop()
     if failed:
         sys.exit(f"Not measured: {', '.join(failed)}")
 

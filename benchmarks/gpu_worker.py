@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python benchmarks/gpu_worker.py MODEL FOLDER [--tiny]
 
 It builds and compiles, beside other processes that do the same, and writes
-`FOLDER/BACKEND-MODEL.ready`. Once `FOLDER/go` is there, it waits for the lock
-`FOLDER/lock`, is then the only one that uses the GPU, times all optimizers in
-turns, and writes `FOLDER/BACKEND-MODEL.json`.
+`FOLDER/BACKEND-MODEL.ready`. Once `FOLDER/BACKEND-MODEL.go` is there, it is the
+only one that uses the GPU, times all optimizers in turns, and writes
+`FOLDER/BACKEND-MODEL.json`.
 
 What is timed is what Keras' `fit` calls for each batch, `model.train_function`,
 with the batch on the device already.
@@ -13,7 +13,6 @@ with the batch on the device already.
 
 import argparse
 import concurrent.futures
-import fcntl
 import functools
 import gc
 import json
@@ -45,10 +44,11 @@ EVERY_100 = "AdaFisher, every 100"
 STEPS = 10
 # How many steps a model has behind it when timing begins. The last of them
 # measures, with the default settings.
-BEHIND = 21
+BEHIND = 11
 LEAST_ROUNDS, MOST_ROUNDS = 5, 21
-# Of a turn, in seconds. Eight take turns.
-LONGEST_TURN = 12
+# Seconds after which there are no more rounds than the least, and after which
+# there is no other at all.
+LONG, TOO_LONG = 12, 35
 
 
 class JaxProgram:
@@ -157,12 +157,19 @@ def first_step(start):
     return {"first_seconds": passed, "first_processor_seconds": worked}
 
 
-def prepare_jax(name, tiny):
+def prepare_jax(name, tiny, at_once):
     """Compile all programs.
+
+    Args:
+        name: String, the model.
+        tiny: Bool.
+        at_once: Bool, whether to compile all at once but the first, which
+            finds out for all which kernels of convolutions are fastest.
 
     Returns:
         From optimizer to program, and from optimizer to what is known of it.
     """
+    alone = ALONE[:1] if at_once else ALONE
     programs, facts = {}, {}
     for optimizer, make_optimizer in OPTIMIZERS.items():
         task = make_task(name, tiny)
@@ -170,10 +177,10 @@ def prepare_jax(name, tiny):
         # Traced one by one: Keras' state while tracing is that of a process.
         program = programs[optimizer] = JaxProgram(task, make_optimizer())
         facts[optimizer] = {}
-        if optimizer in ALONE:
+        if optimizer in alone:
             program.compile()
             facts[optimizer] = first_step(start)
-    others = [programs[name] for name in programs if name not in ALONE]
+    others = [programs[name] for name in programs if name not in alone]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(JaxProgram.compile, others))
     for optimizer, program in programs.items():
@@ -181,11 +188,12 @@ def prepare_jax(name, tiny):
     return programs, facts
 
 
-def prepare_torch(name, tiny):
+def prepare_torch(name, tiny, at_once):
     """Take the first steps, and measure the memory of more. As `prepare_jax`.
 
-    The peak is what was given out at most, less what was before the model was
-    made. Nothing of others in this process is freed or made in between.
+    There is nothing to compile, so `at_once` changes nothing. The peak is what
+    was given out at most, less what was before the model was made. Nothing of
+    others in this process is freed or made in between.
     """
     import torch
 
@@ -233,7 +241,8 @@ def time_rounds(programs, least, most):
 
     begin = time.perf_counter()
     for number in range(most):
-        if number >= least and time.perf_counter() - begin > LONGEST_TURN:
+        passed = time.perf_counter() - begin
+        if passed > (LONG if number >= least else TOO_LONG):
             break
         for name in rng.permutation(list(seconds)):
             if name == EVERY_100:
@@ -280,17 +289,17 @@ def main():
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--at-once", action="store_true")
     arguments = parser.parse_args()
     name = f"{BACKEND}-{arguments.model}"
     file = functools.partial(pathlib.Path, arguments.folder)
 
     prepare = {"jax": prepare_jax, "torch": prepare_torch}[BACKEND]
-    programs, facts = prepare(arguments.model, arguments.tiny)
+    programs, facts = prepare(
+        arguments.model, arguments.tiny, arguments.at_once
+    )
     file(f"{name}.ready").touch()
-    wait_for(file("go"))
-    # Given back when the process ends, and with it all of its memory.
-    lock = file("lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    wait_for(file(f"{name}.go"))
     rounds = (2, 2) if arguments.tiny else (LEAST_ROUNDS, MOST_ROUNDS)
     seconds = time_rounds(programs, *rounds)
     found = {

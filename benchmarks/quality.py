@@ -198,7 +198,7 @@ def task_of(name):
 
 
 @functools.cache
-def trainer(name, program, is_form=False):
+def trainer(name, program, is_form):
     """One for each program: compiling takes longer than most runs."""
     rival = RIVALS[program]
     make = rival.make

@@ -108,6 +108,9 @@ class Trainer:
 
     Attributes:
         settings: Dict from those names to what the optimizer has.
+        turn: Function without arguments that returns a context manager, in
+            which a part of a run is trained and evaluated. Several processes
+            with one device can take turns.
     """
 
     def __init__(self, task, make_optimizer, traced=()):
@@ -120,6 +123,7 @@ class Trainer:
         self._rate = [
             v is self.optimizer.learning_rate for v in self.optimizer.variables
         ].index(True)
+        self.turn = contextlib.nullcontext
         self._fresh = {}
         self._part = jax.jit(self._run_part, donate_argnums=(0, 1))
         self._evaluate = jax.jit(self._score)
@@ -168,22 +172,23 @@ class Trainer:
         _, validation, test = self._data
         for part in range(parts):
             order = self.next_steps(batches)
-            state, average = self._part(
-                state,
-                average,
-                order,
-                rates[part],
-                shares[part],
-                {**self.settings, **changes},
-            )
-            weights = state[0] if average is None else average
-            loss = float(self._evaluate(weights, state[1], *validation)[0])
-            run.validation.append(loss)
-            if loss < run.lowest:
-                run.lowest = loss
-                run.test_score = float(
-                    self._evaluate(weights, state[1], *test)[1]
+            with self.turn():
+                state, average = self._part(
+                    state,
+                    average,
+                    order,
+                    rates[part],
+                    shares[part],
+                    {**self.settings, **changes},
                 )
+                weights = state[0] if average is None else average
+                loss = float(self._evaluate(weights, state[1], *validation)[0])
+                run.validation.append(loss)
+                if loss < run.lowest:
+                    run.lowest = loss
+                    run.test_score = float(
+                        self._evaluate(weights, state[1], *test)[1]
+                    )
             if not np.isfinite(loss):
                 break
         return run
