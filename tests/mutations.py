@@ -40,6 +40,7 @@ PROBE = "probe/probe.py"
 PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
 STEPS = "steps/step.py"
+WRAPPER = "wrappers/base.py"
 UPDATE = "optimizer/torch_update.py"
 DIAGONALS = "optimizer/torch_diagonals.py"
 TORCH = "backend/torch.py"
@@ -372,9 +373,27 @@ MUTATIONS = [
     ),
     Mutation(
         TORCH_PROBE,
-        "any(o.measures_factors() for o in optimizers)",
-        "all(o.measures_factors() for o in optimizers)",
+        "                if optimizer.measures_factors():\n",
+        "                if not has_any and optimizer.measures_factors():\n",
         "test_sharing",
+    ),
+    Mutation(
+        TORCH_PROBE,
+        "parameter = own_tensor(variable)",
+        "parameter = variable.value",
+        "test_torch",
+    ),
+    Mutation(
+        TORCH,
+        "share = norm.numel() / x.numel()",
+        "share = 1 / x.numel()",
+        "test_torch",
+    ),
+    Mutation(
+        WRAPPER,
+        "if steps.request_of(probe) is not False:",
+        "if steps.request_of(probe) is True:",
+        "test_decision_scope test_optimizer",
     ),
     Mutation(
         TORCH_PROBE,

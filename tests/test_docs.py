@@ -43,13 +43,23 @@ PAGES = [
 ]
 
 
+# What everybody tries first.
+FIRST_PAGES = ("../README.md", "getting_started.md")
+
+
+def is_for_one_backend(page):
+    """Whether a page has a block that some backend doesn't run."""
+    return any(title in BACKENDS for title, _ in blocks(page, "python"))
+
+
 @pytest.mark.parametrize(
     "page",
     [
-        # What it calls has tests on each backend, which read the pictures.
-        pytest.param(page, marks=pytest.mark.once)
-        if page == "gallery.md"
-        else page
+        # The others are the same programs with each backend, and what they call
+        # has tests on each.
+        page
+        if page in FIRST_PAGES or is_for_one_backend(page)
+        else pytest.param(page, marks=pytest.mark.once)
         for page in ["../README.md", *PAGES]
     ],
 )

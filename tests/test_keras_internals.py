@@ -79,6 +79,29 @@ def test_optimizer_get_variable_index(optimizer):
         optimizer._get_variable_index(optimizer.iterations)
 
 
+def test_variable_value():
+    """A variable's own tensor, where `value` is a copy in another dtype."""
+    seen = []
+
+    class Layer(keras.layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(2,))
+
+        def call(self, inputs):
+            seen.append((self.kernel.value, self.kernel._value))
+            return inputs
+
+    layer = Layer(dtype="mixed_bfloat16")
+    layer(np.ones(2, "float32"))
+    cast, own = seen[-1]
+    assert keras.backend.standardize_dtype(cast.dtype) == "bfloat16"
+    assert keras.backend.standardize_dtype(own.dtype) == "float32"
+    assert layer.kernel._value is own
+    if keras.backend.backend() == "torch":
+        # It is in the module's list of parameters.
+        assert [id(p) for p in layer.parameters()] == [id(own)]
+
+
 def test_optimizer_iterations():
     """Counts steps, where `iterations` counts updates."""
     optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)

@@ -32,6 +32,7 @@ NODES = [(file, node) for file in SOURCES for node in ast.walk(SOURCES[file])]
 KERAS_INTERNALS = {
     # Read or called.
     "_flatten_layers": "test_layer_flatten_layers",
+    "_value": "test_variable_value",
     "_get_variable_index": "test_optimizer_get_variable_index",
     "_trainable_variables": "test_optimizer_get_variable_index",
     "_iterations": "test_optimizer_iterations",

@@ -29,7 +29,7 @@ from keras_adafisher.steps import Step
 
 BACKEND = keras.backend.backend()
 CASES = int(
-    os.environ.get("ADAFISHER_CASES", "50" if BACKEND == "jax" else "100")
+    os.environ.get("ADAFISHER_CASES", "30" if BACKEND == "jax" else "100")
 )
 
 

@@ -44,6 +44,9 @@ if BACKEND == "jax":
         "EfficientNetB0",
         "EfficientNetV2B0",
         "InceptionV3",
+        "MobileNetV2",
+        "MobileNetV3Small",
+        "ResNet50",
         "ResNet50V2",
         "Xception",
     }

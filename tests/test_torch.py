@@ -140,6 +140,61 @@ def test_operations_for_a_layer_on_steps_that_measure():
     assert (measuring - plain) / 10 == 5
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "other"])
+def test_kernels_for_a_layer_on_steps_that_measure(device, policy, monkeypatch):
+    if device == "other":
+        monkeypatch.setattr(torch_backend, "_SLOW_NORM", {})
+
+    def kernels(depth, factor_update_steps):
+        model = deep(depth=depth, dtype=policy)
+        model.compile(
+            keras_adafisher.AdaFisher(factor_update_steps=factor_update_steps),
+            loss="mse",
+        )
+        # The first ten measure the size of the steps.
+        for _ in range(12):
+            with CountReads() as counts:
+                model.train_on_batch(np.ones((2, 6)), np.ones((2, 4)))
+        return counts.kernels
+
+    measuring, plain = (
+        kernels(13, steps) - kernels(3, steps) for steps in (1, 100)
+    )
+    # The identity, and for each of `H` and `S` a norm and its square. On a CPU
+    # squares and their mean, of a copy in single precision. No weight is cast.
+    expected = 7 if (device, policy) == ("cpu", "mixed_bfloat16") else 5
+    assert (measuring - plain) / 10 == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("order", "axis"),
+    [
+        ((0, 1, 2, 3), (0, 1, 2)),
+        ((0, 1, 2, 3), (0,)),
+        # As a convolution hands it on: channels-last by its strides only.
+        ((0, 2, 3, 1), (0, 2, 3)),
+        ((3, 1, 0, 2), (1, 3)),
+    ],
+)
+def test_mean_squares_on_a_gpu(order, axis, dtype, rng, on_an_accelerator):
+    x = torch.tensor(rng.normal(size=(3, 4, 5, 6)))
+    x = x.to(getattr(torch, dtype)).permute(order)
+    x[(0,) * 4] = 0
+    found = backend.mean_square(x, axis)
+    expected = np.mean(np.square(x.double().numpy()), axis)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_mean_squares_of_whole_numbers_and_of_nothing(on_an_accelerator):
+    found = backend.mean_square(torch.tensor([[1, 2], [3, 4]]), (0,))
+    assert found.tolist() == [5, 10]
+    empty = backend.mean_square(torch.ones((0, 2)), (0,))
+    assert torch.all(torch.isnan(empty)) and empty.shape == (2,)
+
+
 def operations_of_vit(optimizer, steps, kind="operations", sizes=None):
     task = make_task("ViT", sizes=sizes)
     task.compile(optimizer)
@@ -163,6 +218,7 @@ def on_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch_update, "_can_be_read", lambda rate: False)
     monkeypatch.setattr(torch_update, "_BATCH_SIZE", {})
     monkeypatch.setattr(torch_diagonals, "_SLOW_ADDCMUL", {})
+    monkeypatch.setattr(torch_backend, "_SLOW_NORM", {})
 
 
 def test_kernels_of_a_step_that_does_not_measure(

@@ -34,11 +34,11 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def deep(width=4, depth=3):
+def deep(width=4, depth=3, dtype=None):
     return keras.Sequential(
         [
             keras.Input((6,)),
-            *(keras.layers.Dense(width) for _ in range(depth)),
+            *(keras.layers.Dense(width, dtype=dtype) for _ in range(depth)),
         ]
     )
 

@@ -11,6 +11,10 @@ import weakref
 import torch
 from keras import ops
 
+# Not public, but there is no other way to tell: in a stateless call, another
+# tensor stands for a variable's.
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
 from keras_adafisher.backend import common
 
 __all__ = [
@@ -39,8 +43,14 @@ __all__ = [
 _PART_SIZE = {"cpu": 2**18}
 _OTHER_PART_SIZE = 2**24
 
+# Where a norm takes longer than squares and their mean, and loses more digits.
+_SLOW_NORM = {"cpu"}
+
 # The last mean square of this thread.
 _here = threading.local()
+
+# A zero on each device.
+_zeros = {}
 
 
 def keep_random_state():
@@ -85,16 +95,33 @@ def cond(pred, true_fn, false_fn):
     return true_fn() if pred else false_fn()
 
 
-# `torch.compile` reads no tensors, and would compile anew for each number.
-@torch.compiler.disable
+def own_tensor(variable):
+    """The tensor of a variable, or the one of a stateless call.
+
+    While a layer runs, `variable.value` is a copy in the dtype that the layer
+    computes in. And it asks for several settings of Keras each time, which
+    takes longer than all else that is done with it where each layer asks.
+    """
+    return variable.value if in_stateless_scope() else variable._value
+
+
 def step_number(iterations):
     # Reading the tensor waits for the device. So the number is kept until
     # somebody else writes to it, which PyTorch counts. In a stateless call,
     # there is another tensor.
-    value = iterations.value
+    if torch.compiler.is_compiling():
+        return _read(iterations)
+    value = own_tensor(iterations)
     known = getattr(iterations, "adafisher_number", None)
     if known and known[0] is value and known[1] == value._version:
         return known[2]
+    return _read(iterations)
+
+
+# `torch.compile` reads no tensors, and would compile anew for each number.
+@torch.compiler.disable
+def _read(iterations):
+    value = own_tensor(iterations)
     number = int(value)
     iterations.adafisher_number = value, value._version, number
     return number
@@ -110,7 +137,8 @@ def count_up(iterations, before):
     """
     value, version, number = before
     # One write, that of `Optimizer.apply`. The counter is an int32.
-    is_one_more = iterations.value is value and value._version == version + 1
+    now = own_tensor(iterations)
+    is_one_more = now is value and value._version == version + 1
     if is_one_more and number < 2**31 - 1:
         iterations.adafisher_number = value, version + 1, number + 1
 
@@ -162,6 +190,12 @@ def _mean_square(x, axis):
     # For PyTorch, no axes are all axes.
     if not axis:
         return _squares(x)
+    if x.device.type not in _SLOW_NORM and x.is_floating_point() and x.numel():
+        # Two kernels, whatever the dtype is, the second a small one. Squares,
+        # and before them a copy in single precision, would go through memory.
+        norm = torch.linalg.vector_norm(x, 2, axis, dtype=torch.float32)
+        share = norm.numel() / x.numel()
+        return torch.addcmul(_zero(x.device), norm, norm, value=share)
     # Squares of a part only are in memory at any time, on a CPU in its cache:
     # the largest activations are those that are there at the peak of a step.
     limit = _PART_SIZE.get(x.device.type, _OTHER_PART_SIZE)
@@ -180,6 +214,12 @@ def _mean_square(x, axis):
 def _squares(x):
     x = x.float()
     return x * x
+
+
+def _zero(device):
+    if device not in _zeros:
+        _zeros[device] = torch.zeros((), device=device)
+    return _zeros[device]
 
 
 def count_ids(ids, size):

@@ -59,7 +59,7 @@ class Measuring:
             probes: List of `Probe`s.
         """
         for probe in probes:
-            probe.optimizers.discard(self)
+            probe.remove_optimizer(self)
 
     def check_that_layers_are_wrapped(self) -> None:
         """Raise a `ValueError` if `unwrap` has taken the wrappers off.

@@ -114,6 +114,10 @@ class Probe:
         """Take notice of an AdaFisher that was built for the block."""
         self.optimizers.add(optimizer)
 
+    def remove_optimizer(self, optimizer):
+        """Forget an AdaFisher that measures here no more."""
+        self.optimizers.discard(optimizer)
+
     def tap(self, z, h):
         """Measure the block between its input and its output.
 

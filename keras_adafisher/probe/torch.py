@@ -11,11 +11,13 @@ measure has no taps at all.
 
 import contextlib
 import threading
+import weakref
 
 import torch
 from keras import ops
 from torch.nn.parallel import DistributedDataParallel
 
+from keras_adafisher.backend.torch import own_tensor
 from keras_adafisher.probe.probe import Probe
 
 # What `TorchProbe.one_call` returns, by device: it is made once.
@@ -55,14 +57,21 @@ class TorchProbe(Probe):
         self.answer = None
         self.process_group = None
         self.is_requested = True
+        # What is in `optimizers`.
+        self._references = []
 
     def _make_variable(self, name):
         return None
 
     def add_optimizer(self, optimizer):
         super().add_optimizer(optimizer)
+        self._references = [weakref.ref(o) for o in self.optimizers]
         # It measures at its first step, whatever another one has said.
         self.is_requested = True
+
+    def remove_optimizer(self, optimizer):
+        super().remove_optimizer(optimizer)
+        self._references = [weakref.ref(o) for o in self.optimizers]
 
     def is_requested_outside_of_steps(self):
         # A custom loop needs no decorator here.
@@ -70,8 +79,16 @@ class TorchProbe(Probe):
             # A compiled function is made anew when a Python value has changed
             # that it depends on. A weak set can't be looked through there.
             return self.is_requested
-        optimizers = self.optimizers
-        return not optimizers or any(o.measures_factors() for o in optimizers)
+        # Each layer asks at each step, so this has to take Python little time.
+        # Looking through a weak set takes longer than all else.
+        has_any = False
+        for reference in self._references:
+            optimizer = reference()
+            if optimizer is not None:
+                if optimizer.measures_factors():
+                    return True
+                has_any = True
+        return not has_any
 
     def identity(self, z, h, request):
         # On the "meta" device, Keras infers shapes. There is nothing to
@@ -95,7 +112,7 @@ class TorchProbe(Probe):
         if not z.requires_grad:
             return z
         for variable in self.block.parameters:
-            parameter = variable.value
+            parameter = own_tensor(variable)
             if parameter.requires_grad:
                 # In a list `h` is no input that autograd has to look after.
                 return _Tap.apply(z, parameter, [h], self)

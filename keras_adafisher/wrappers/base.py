@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_adafisher import steps
 from keras_adafisher.aliases import Tensor
 from keras_adafisher.copies import with_attribute
 from keras_adafisher.probe import BackendProbe
@@ -151,8 +152,9 @@ class LayerWrapper(keras.layers.Layer):
         """The host's computation with the taps in it.
 
         Takes what the host's own `call` takes and must return exactly what
-        that returns. Without an override there are no taps, and the factors
-        are estimated from the weights' gradients: see `GradientBlock`.
+        that returns: where nothing is to be measured, the host's own is called.
+        Without an override there are no taps, and the factors are estimated
+        from the weights' gradients: see `GradientBlock`.
         """
         return self.host_call(*args, **kwargs)
 
@@ -218,9 +220,15 @@ class LayerWrapper(keras.layers.Layer):
         """Take the place of the host's `call`."""
         host = self.host
 
+        own_call = type(host).call
+
         @functools.wraps(host.call)
         def call(*args, **kwargs):
-            return self.call(*args, **kwargs)
+            if self._is_asked():
+                return self.call(*args, **kwargs)
+            # The plain layer. Python takes time on the way through a wrapper,
+            # and where PyTorch has a GPU, the GPU waits for it.
+            return own_call(host, *args, **kwargs)
 
         def rematerialized_call(fn, *args, **kwargs):
             # JAX finds earlier traces by the function's identity. A bound
@@ -240,6 +248,13 @@ class LayerWrapper(keras.layers.Layer):
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
+
+    def _is_asked(self):
+        """Whether a tap would measure, or may: it would be a condition."""
+        for probe in self.probes:
+            if steps.request_of(probe) is not False:
+                return True
+        return False
 
     def detach(self) -> None:
         """Give the host its own `call` back and leave it."""
