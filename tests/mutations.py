@@ -255,6 +255,12 @@ MUTATIONS = [
         "test_orthogonalization",
     ),
     Mutation(
+        TORCH,
+        "if all(x.untyped_storage().data_ptr() == storage for x in tensors):",
+        "if True:",
+        "test_torch",
+    ),
+    Mutation(
         ORTHOGONAL,
         "return max(1.0, self._outputs / self._inputs) ** 0.5",
         "return 1.0",

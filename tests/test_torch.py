@@ -195,6 +195,32 @@ def test_mean_squares_of_whole_numbers_and_of_nothing(on_an_accelerator):
     assert torch.all(torch.isnan(empty)) and empty.shape == (2,)
 
 
+def test_what_is_made_of_a_variable_follows_it():
+    """Views are made once. What has other entries than views is made anew."""
+    variable = keras.Variable(np.arange(4, dtype="float32"))
+    calls = []
+
+    def halves(x):
+        calls.append("halves")
+        return x[:2], x[2:]
+
+    def columns(x):
+        calls.append("columns")
+        return x.reshape(2, 2).T.reshape(-1), x[:2]
+
+    views = {}
+    for start in (0, 4):
+        variable.assign(np.arange(start, start + 4, dtype="float32"))
+        found = backend.view(variable, halves, views, "halves")
+        assert [x.tolist() for x in found] == [
+            [start, start + 1],
+            [start + 2, start + 3],
+        ]
+        found, _ = backend.view(variable, columns, views, "columns")
+        assert found.tolist() == [start, start + 2, start + 1, start + 3]
+    assert calls == ["halves", "columns", "columns"]
+
+
 def operations_of_vit(optimizer, steps, kind="operations", sizes=None):
     task = make_task("ViT", sizes=sizes)
     task.compile(optimizer)

@@ -7,6 +7,7 @@ other code of that backend.
 """
 
 import contextlib
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
     "is_traced",
     "keep_random_state",
     "lerp",
+    "lerp_each",
     "mean_square",
     "part",
     "pointwise_conv",
@@ -39,6 +41,7 @@ __all__ = [
     "read_parts",
     "replicated_layout",
     "reshape",
+    "split",
     "stack",
     "step_number",
     "sum_min_max",
@@ -159,11 +162,28 @@ def view(variable, make, views, name):
 
     Args:
         variable: `keras.Variable`.
-        make: Callable that takes a tensor and returns a view of it.
+        make: Callable that takes a tensor and returns a view of it, or a tuple
+            of views.
         views: Dict, the caller's, in which to keep what stays valid.
         name: String, a key of `views`.
     """
     return make(ops.convert_to_tensor(variable))
+
+
+def split(x, lengths):
+    """Cut a tensor along its first axis.
+
+    Args:
+        x: Tensor.
+        lengths: List of ints that add up to that axis' length.
+
+    Returns:
+        Sequence of tensors.
+    """
+    ends = itertools.accumulate(lengths)
+    return [
+        x[end - length : end] for end, length in zip(ends, lengths, strict=True)
+    ]
 
 
 def unshare(variable):
@@ -230,6 +250,11 @@ def filled(x, condition, number):
 def lerp(x, y, weight):
     """`x + (y - x) * weight`, of two tensors and a number."""
     return x + (y - x) * weight
+
+
+def lerp_each(xs, ys, weight):
+    """`lerp` of the tensors of two lists. On PyTorch, at once."""
+    return [lerp(x, y, weight) for x, y in zip(xs, ys, strict=True)]
 
 
 def precise_matmul(x, y):

@@ -28,10 +28,12 @@ __all__ = [
     "has_accelerator",
     "keep_random_state",
     "lerp",
+    "lerp_each",
     "mean_square",
     "precise_matmul",
     "quadratic",
     "reshape",
+    "split",
     "stack",
     "step_number",
     "take",
@@ -79,11 +81,16 @@ def view(variable, make, views, name):
     if views.get("of") is not value:
         views.clear()
         views["of"] = value
-    if name not in views:
-        # Only the tensors of a stateless call may require a gradient.
-        value = value.detach() if value.requires_grad else value
-        views[name] = make(value)
-    return views[name]
+    if name in views:
+        return views[name]
+    # Only the tensors of a stateless call may require a gradient.
+    found = make(value.detach() if value.requires_grad else value)
+    # A copy wouldn't follow.
+    storage = value.untyped_storage().data_ptr()
+    tensors = found if isinstance(found, tuple) else [found]
+    if all(x.untyped_storage().data_ptr() == storage for x in tensors):
+        views[name] = found
+    return found
 
 
 def cond(pred, true_fn, false_fn):
@@ -251,6 +258,10 @@ def lerp(x, y, weight):
     return torch.lerp(x, y, weight)
 
 
+def lerp_each(xs, ys, weight):
+    return torch._foreach_lerp(xs, ys, weight) if xs else []
+
+
 def precise_matmul(x, y):
     # Of stacks of matrices, without the views that `torch.matmul` makes. Its
     # default precision on a GPU is the full one.
@@ -273,6 +284,11 @@ def quadratic(x, coefficients, matmul):
 def take(x, indices):
     # Keras' own looks for negative indices.
     return x[indices]
+
+
+def split(x, lengths):
+    # One operation for all.
+    return x.split(lengths)
 
 
 def reshape(x, shape):

@@ -72,6 +72,24 @@ class BlockFactors:
         has_own = "bias_gradient" in self.places
         return self.factor("bias_gradient" if has_own else "gradient")
 
+    def of_matrices(self, view):
+        """The weight's factors, for each of its matrices.
+
+        Args:
+            view: The weight's `MatrixView`.
+
+        Returns:
+            Those of the matrices' rows, and those of their columns: two tensors
+            of shape `(maps, entries)`.
+        """
+
+        def split(_=None):
+            return view.split_factors(self.activation, self.gradient)
+
+        if self.held:
+            return split()
+        return backend.view(self.vector, split, self._views, "of matrices")
+
     def terms(self):
         """List of tuples: what the block adds to Fisher diagonals.
 

@@ -19,6 +19,7 @@ from keras_adafisher.optimizer.arguments import is_integer
 from keras_adafisher.optimizer.orthogonalization import concatenated
 from keras_adafisher.optimizer.orthogonalization import fresh_steps
 from keras_adafisher.optimizer.orthogonalization import new_roots
+from keras_adafisher.optimizer.orthogonalization import separated
 from keras_adafisher.optimizer.orthogonalization import steps_along
 from keras_adafisher.optimizer.orthogonalization import Whitened
 from keras_adafisher.optimizer.orthogonalization import whitenings
@@ -81,16 +82,6 @@ class Kernel:
         """The smaller side of a matrix, or of a block of it."""
         return -(-min(self.sizes) // self.blocks)
 
-    def factors(self):
-        """The factors of its matrices' rows, and those of their columns.
-
-        Returns:
-            Two tensors of shape `(maps, entries)`.
-        """
-        return self.view.split_factors(
-            self.block_factors.activation, self.block_factors.gradient
-        )
-
     def joined(self, steps):
         """Put the steps of its matrices together to one of its shape."""
         steps = self.view.join(steps, self.variable.shape)
@@ -128,19 +119,20 @@ class Batch:
         """Whether one of some parameters' numbers is one of its kernels."""
         return any(index in indices for index in self._kernels)
 
-    def whitened(self, momentums, scales):
+    def whitened(self, indices, momentums_of, scales):
         """Get the `Whitened` matrices.
 
         Args:
-            momentums: See `OrthogonalSteps.directions`.
+            indices, momentums_of: See `OrthogonalSteps.directions`.
             scales: Dict from a parameter's number to the scales of rows and
                 columns, two tensors of shape `(maps, entries)`.
         """
+        known = [index for index in self._kernels if index in indices]
+        momentums = dict(zip(known, momentums_of(known), strict=True))
         matrices = []
         for index, kernel in self._kernels.items():
-            if index in momentums:
-                momentum = momentums[index]()
-            else:
+            momentum = momentums.get(index)
+            if momentum is None:
                 # The gradient is missing in this step.
                 momentum = ops.zeros(kernel.variable.shape)
             matrices.append(kernel.view.split(momentum))
@@ -162,13 +154,13 @@ class Batch:
             scale: Number that they are multiplied by, beside that of `scale`.
         """
         steps = self._uncut(steps) * (self.scale * scale)
-        found = {}
-        start = 0
-        for index, kernel in self._kernels.items():
-            end = start + kernel.view.size[0]
-            found[index] = kernel.joined(steps[start:end])
-            start = end
-        return found
+        lengths = [kernel.view.size[0] for kernel in self._kernels.values()]
+        return {
+            index: kernel.joined(own)
+            for (index, kernel), own in zip(
+                self._kernels.items(), separated(steps, lengths), strict=True
+            )
+        }
 
     def _cut(self, x, fill):
         """Cut `(maps, m, n)` into blocks along the smaller side.
@@ -275,22 +267,22 @@ class OrthogonalSteps:
             within=self._settings.kernel_update_steps,
         )
 
-    def resting(self, momentums):
+    def resting(self, indices):
         """What `directions` returns, for an update at which kernels rest."""
         directions = {}
-        for index in momentums:
+        for index in indices:
             variable = self.kernels[index].variable
             zeros = ops.zeros(variable.shape, "float32")
             directions[index] = backend.constrain_layout(zeros, variable)
         return directions, list(map(ops.convert_to_tensor, self.roots))
 
-    def directions(self, momentums, values_if_made):
+    def directions(self, indices, momentums_of, values_if_made):
         """Get what to subtract from each kernel, but for the learning rate.
 
         Args:
-            momentums: Dict from a parameter's number to a function without
-                arguments that computes its momentum, of those that have a
-                gradient.
+            indices: The numbers of the parameters that have a gradient.
+            momentums_of: Function of a list of some of these numbers, which
+                computes their momentums.
             values_if_made: Function of a list of roots' variables and a
                 function without arguments that computes their new values. It
                 returns them if this step is one that makes roots anew, or else
@@ -298,7 +290,7 @@ class OrthogonalSteps:
 
         Returns:
             Dict from a parameter's number to a float32 tensor of its shape, in
-            the order of `momentums`, and the list of the values of `roots`.
+            the order of `indices`, and the list of the values of `roots`.
         """
         count = self._settings.ns_steps
         # As far as if kernels had moved at each update.
@@ -307,13 +299,14 @@ class OrthogonalSteps:
 
         def whitened(key):
             return [
-                batch.whitened(momentums, scales) for batch in self._groups[key]
+                batch.whitened(indices, momentums_of, scales)
+                for batch in self._groups[key]
             ]
 
         groups = {
             key: batches
             for key, batches in self._groups.items()
-            if any(batch.has_any_of(momentums) for batch in batches)
+            if any(batch.has_any_of(indices) for batch in batches)
         }
         # Those with kept roots are needed twice: the condition is one for all.
         kept = {key: whitened(key) for key in groups if key in self._root_of}
@@ -338,14 +331,17 @@ class OrthogonalSteps:
                 steps = fresh_steps(whitened(key), count)
             for batch, step in zip(batches, steps, strict=True):
                 found.update(batch.directions(step, interval))
-        return {index: found[index] for index in momentums}, [
+        return {index: found[index] for index in indices}, [
             roots.get(key, ops.convert_to_tensor(variable))
             for key, variable in self._root_of.items()
         ]
 
     def _scales(self):
         """What rows and columns of each kernel's matrices are whitened by."""
-        factors = [kernel.factors() for kernel in self.kernels.values()]
+        factors = [
+            kernel.block_factors.of_matrices(kernel.view)
+            for kernel in self.kernels.values()
+        ]
         scales = whitenings(
             list(itertools.chain(*factors)), self._settings.factor_damping
         )

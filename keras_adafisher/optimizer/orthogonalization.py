@@ -20,7 +20,6 @@ Nothing in this file knows about layers, variables or optimizers.
 """
 
 import collections
-import itertools
 
 from keras import ops
 
@@ -78,7 +77,7 @@ def whitenings(factors, damping):
     for equal in places.values():
         parts = [factors[place] for place in equal]
         together = whitening(concatenated(parts), damping)
-        parts = _split(together, [part.shape[0] for part in parts])
+        parts = separated(together, [part.shape[0] for part in parts])
         for place, part in zip(equal, parts, strict=True):
             found[place] = part
     return found
@@ -239,7 +238,7 @@ def iterated(stacks, stages, half=None):
         pairs = list(zip(stacks, xs, strict=True))
         grams = [stack.gram_of(x, matmul) for stack, x in pairs]
         roots = inverse_root(concatenated(grams), count, matmul)
-        roots = _split(roots, [stack.count for stack in stacks])
+        roots = separated(roots, [stack.count for stack in stacks])
         xs = [
             stack.times(root, x, matmul)
             for (stack, x), root in zip(pairs, roots, strict=True)
@@ -282,9 +281,10 @@ def fresh_steps(stacks, steps):
     roots = []
     if grams:
         roots = inverse_root(concatenated(grams), steps)
-        roots = _split(roots, [gram.shape[0] for gram in grams])
+        roots = separated(roots, [gram.shape[0] for gram in grams])
+    roots = iter(roots)
     return [
-        iterated([x], many)[0] if own else x.along(roots.pop(0))
+        iterated([x], many)[0] if own else x.along(next(roots))
         for x, own in zip(stacks, are_square, strict=True)
     ]
 
@@ -318,7 +318,7 @@ def steps_along(stacks, roots):
     Returns:
         List as that of `fresh_steps`.
     """
-    roots = _split(roots, [x.count for x in stacks])
+    roots = separated(roots, [x.count for x in stacks])
     return [x.along_kept(root) for x, root in zip(stacks, roots, strict=True)]
 
 
@@ -327,14 +327,9 @@ def concatenated(tensors):
     return tensors[0] if len(tensors) == 1 else ops.concatenate(tensors)
 
 
-def _split(x, lengths):
+def separated(x, lengths):
     """Undo the concatenation of tensors of such lengths."""
-    if len(lengths) == 1:
-        return [x]
-    ends = itertools.accumulate(lengths)
-    return [
-        x[end - length : end] for end, length in zip(ends, lengths, strict=True)
-    ]
+    return [x] if len(lengths) == 1 else backend.split(x, lengths)
 
 
 def _squares(matrices):

@@ -42,11 +42,12 @@ class Orthogonalizing:
         """
         return gradient
 
-    def _find_directions(self, momentums, update):
+    def _find_directions(self, gradients, update):
         """Orthogonalize momentums, and make roots anew if it is time.
 
         Args:
-            momentums: See `OrthogonalSteps.directions`.
+            gradients: Dict from the numbers of parameters that are
+                orthogonalized to their gradients, of those that have one.
             update: The number of this update.
 
         Returns:
@@ -55,35 +56,41 @@ class Orthogonalizing:
         orthogonal = self._orthogonal
         moves = orthogonal.moves_at(update)
         if moves is not True:
-            self._warn_of_missing_momentums(momentums)
+            self._warn_of_missing_momentums(gradients)
         if moves is False:
-            return dict.fromkeys(momentums)
+            return dict.fromkeys(gradients)
         makes_roots = orthogonal.makes_roots_at(update)
+
+        def directions(values_if):
+            return orthogonal.directions(
+                gradients,
+                lambda indices: self._momentums_of_steps(
+                    indices, [gradients[index] for index in indices]
+                ),
+                functools.partial(values_if, makes_roots),
+            )
+
         if moves is True:
             # Roots are made anew at the steps that measure.
-            directions, roots = orthogonal.directions(
-                momentums, functools.partial(self._values_if, makes_roots)
-            )
+            found, roots = directions(self._values_if)
             if self._is_never(makes_roots):
-                return directions
+                return found
         else:
-            directions, roots = backend.cond(
+            found, roots = backend.cond(
                 moves,
-                lambda: orthogonal.directions(
-                    momentums, functools.partial(values_in_branch, makes_roots)
-                ),
-                lambda: orthogonal.resting(momentums),
+                lambda: directions(values_in_branch),
+                lambda: orthogonal.resting(gradients),
             )
         for variable, root in zip(orthogonal.roots, roots, strict=True):
             self.assign(variable, root)
-        return directions
+        return found
 
-    def _warn_of_missing_momentums(self, momentums):
+    def _warn_of_missing_momentums(self, gradients):
         """Warn once of kernels that move less often than they should."""
         missing = [
             kernel.variable.path
             for index, kernel in self._orthogonal.kernels.items()
-            if index not in momentums
+            if index not in gradients
         ]
         if not missing or self._has_warned_of_missing:
             return

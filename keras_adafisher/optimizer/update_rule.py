@@ -39,6 +39,11 @@ def momentum(average, gradient, beta):
     return backend.lerp(average, gradient, 1 - beta)
 
 
+def momentums(averages, gradients, beta):
+    """`momentum` of each tensor of two lists."""
+    return backend.lerp_each(averages, gradients, 1 - beta)
+
+
 def momentum_correction(beta, step, nesterov):
     """What a momentum is multiplied by, since it started at zero.
 

@@ -312,14 +312,7 @@ class Updates:
             )
         if orthogonalized:
             self._update.directions = self._find_directions(
-                {
-                    # As `update_step` will have it.
-                    index: functools.partial(
-                        self._momentum_of_step, index, gradient
-                    )
-                    for index, gradient in orthogonalized.items()
-                },
-                update,
+                orthogonalized, update
             )
 
     def update_step(
@@ -377,8 +370,21 @@ class Updates:
             return new, new
         return new, update_rule.momentum(new, gradient, self.beta)
 
-    def _momentum_of_step(self, index, gradient):
-        return self._next_momentum(index, gradient)[1]
+    def _momentums_of_steps(self, indices, gradients):
+        """The momentums of some parameters, as `update_step` will have them.
+
+        Args:
+            indices: List of their numbers.
+            gradients: List of tensors.
+        """
+        found = [ops.convert_to_tensor(self._momentums[i]) for i in indices]
+        gradients = [
+            ops.cast(gradient, momentum.dtype)
+            for gradient, momentum in zip(gradients, found, strict=True)
+        ]
+        for _ in range(1 + bool(self.nesterov)):
+            found = update_rule.momentums(found, gradients, self.beta)
+        return found
 
     def _rate(self, index, dtype):
         """What a parameter's quotients are multiplied by, a scalar.
