@@ -9,7 +9,7 @@ A process for each model (`gpu_worker.py`) compiles the step of each optimizer,
 all processes side by side. Once all are ready, they take turns with the GPU:
 first those of JAX, then those of PyTorch. What they find is in
 benchmarks/results/gpu/gpu-jax.json and gpu-torch.json, where models that aren't
-measured anew keep what they have from the same GPU and the same versions.
+measured anew keep what they have of the same day, GPU and versions.
 `tools/report/performance_gpu/` makes docs/performance_gpu.md of it.
 
 This file and the one that makes the page need Python alone. The interpreter
@@ -80,6 +80,13 @@ TUNED_CONVOLUTIONS = NO_TUNING.replace("level=0", "level=1")
 WITH_CONVOLUTIONS = ("vit", "resnet50", "resnet")
 
 
+def flags_of(model, tunes):
+    """The flags of XLA for a model. None if XLA is to try out all kernels."""
+    if tunes:
+        return ""
+    return TUNED_CONVOLUTIONS if model in WITH_CONVOLUTIONS else NO_TUNING
+
+
 def environment(backend, tiny, flags=NO_TUNING):
     """The variables of a process.
 
@@ -94,7 +101,7 @@ def environment(backend, tiny, flags=NO_TUNING):
         "KERAS_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        # Eight processes share the memory.
+        # The processes share the memory.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     if tiny:
@@ -109,7 +116,10 @@ def environment(backend, tiny, flags=NO_TUNING):
         # XLA compiles with as many threads. `common.py` would have one.
         result["NPROC"] = str(os.cpu_count())
         result.setdefault("CUDA_VISIBLE_DEVICES", "0")
-        result["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        if flags:
+            # XLA takes what is empty for the name of a file.
+            result["XLA_FLAGS"] = flags
     return result
 
 
@@ -150,15 +160,11 @@ class Worker:
         command = [sys.executable, str(script), model, str(folder)]
         command += ["--tiny"] * arguments.tiny
         command += ["--at-once"] * arguments.at_once
-        flags = NO_TUNING
-        if arguments.autotune:
-            flags = ""
-        elif model in WITH_CONVOLUTIONS:
-            flags = TUNED_CONVOLUTIONS
+        self.flags = flags_of(model, arguments.autotune)
         with self._file("log").open("w") as log:
             self._process = subprocess.Popen(
                 command,
-                env=environment(backend, arguments.tiny, flags),
+                env=environment(backend, arguments.tiny, self.flags),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -193,8 +199,8 @@ class Worker:
         self._process.wait()
 
 
-# Rows of different files are comparable if these are equal.
-SAME = ("level", "tunes", "version", "keras", "package", "device")
+# Rows of an earlier run are kept if these are equal.
+SAME = ("level", "tunes", "date", "version", "keras", "package", "device")
 
 
 class Results:
@@ -231,10 +237,14 @@ class Results:
         data.update(found["machine"])
         before = self._before.pop(worker.backend, {})
         if all(before.get(key) == data[key] for key in SAME):
-            data["rows"] = before["rows"]
-            for key in {"notes", "prototypes"} & before.keys():
-                data[key] = before[key]
-        data["rows"][worker.model] = found["row"]
+            data["rows"] = {
+                model: row
+                for model, row in before["rows"].items()
+                if row.get("flags") == flags_of(model, data["tunes"])
+            }
+        if "prototypes" in before:
+            data["prototypes"] = before["prototypes"]
+        data["rows"][worker.model] = {**found["row"], "flags": worker.flags}
         # In the order of the models, not that of the turns.
         data["rows"] = {
             model: data["rows"][model]

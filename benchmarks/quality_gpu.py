@@ -4,8 +4,9 @@
 
 It learns the source text of installed packages, byte by byte. A process for
 each optimizer tunes it, trains fresh seeds of what tuning chose, and
-AdaFisherMuon without its factors. All compile at once, and take turns with the
-GPU: it is many times slower where several processes share it. No run starts
+AdaFisherMuon without its factors. All compile at once, each with the first
+part of a run, and then take turns with the GPU: it is many times slower where
+several processes share it. No run starts
 after `--seconds`. What they find is in benchmarks/results/gpu/quality.json.
 
 What a step takes on a GPU is in docs/performance_gpu.md. Needs what

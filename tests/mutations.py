@@ -397,9 +397,9 @@ MUTATIONS = [
     ),
     Mutation(
         WRAPPER,
-        "if steps.request_of(probe) is not False:",
-        "if steps.request_of(probe) is True:",
-        "test_decision_scope test_optimizer",
+        "return any(map(steps.may_measure, self.probes))",
+        "return True",
+        "test_wrapping",
     ),
     Mutation(
         TORCH_PROBE,

@@ -1,6 +1,7 @@
 """The examples run: `make demo` is the first thing that a newcomer sees."""
 
 import keras
+import pytest
 from processes import run
 from processes import slow_where_compiled
 
@@ -107,6 +108,8 @@ def test_custom_layer():
     assert "100.0 % of the parameters factors" in what_was_shown(output)
 
 
+# `test_custom_layer` runs it with each backend.
+@pytest.mark.once
 def test_custom_layer_has_a_quick_run():
     output = run("examples/custom_layer.py", "--quick")
     assert "5 epochs, runs: 1" in output

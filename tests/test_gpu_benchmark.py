@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 from processes import ROOT
@@ -223,6 +224,35 @@ def test_the_losses_of_a_gpt_on_a_gpu_are_those_of_the_results():
         validation = ours["validation"]
         assert validation[part - 1] < lowest < validation[part - 2]
         assert f"below {lowest:.3f} after {50 * part}" in text
+
+
+def test_models_of_the_same_day_are_kept(tmp_path):
+    sys.path.append(str(ROOT / "benchmarks"))
+    from benchmarks import gpu
+
+    class Worker:
+        backend = "jax"
+
+        def __init__(self, model):
+            self.model = model
+            self.flags = gpu.flags_of(model, False)
+
+    machine = {"version": "1", "keras": "2", "package": "3", "device": "A card"}
+
+    def rows_after(model, **changes):
+        results = gpu.Results(tmp_path, "gpu", tunes=False)
+        found = {"machine": {**machine, **changes}, "row": {"of": model}}
+        results.add(Worker(model), found)
+        results.write()
+        return list(json.loads((tmp_path / "gpu-jax.json").read_text())["rows"])
+
+    assert rows_after("resnet") == ["resnet"]
+    assert rows_after("gpt") == ["gpt", "resnet"]
+    # What another choice of kernels was measured with isn't comparable.
+    path = tmp_path / "gpu-jax.json"
+    path.write_text(path.read_text().replace("autotune_level=1", "level=0"))
+    assert rows_after("gpt") == ["gpt"]
+    assert rows_after("vit", device="Another") == ["vit"]
 
 
 @pytest.mark.slow

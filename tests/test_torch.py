@@ -167,7 +167,7 @@ def test_kernels_for_a_layer_on_steps_that_measure(device, policy, monkeypatch):
     assert (measuring - plain) / 10 == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     ("order", "axis"),
     [

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from models import assert_same
 from models import cnn
 from models import cross_entropy
@@ -13,6 +14,9 @@ from models import trained
 from models import weights
 
 import keras_adafisher
+from keras_adafisher.wrappers import DenseBlock
+from keras_adafisher.wrappers import registry
+from keras_adafisher.wrappers.dense import DenseWrapper
 
 
 class Attention(keras.layers.Layer):
@@ -29,6 +33,17 @@ class Attention(keras.layers.Layer):
 
     def call(self, x):
         return x + self.dense(self.normalization(x))
+
+
+class Untapped(keras.layers.Layer):
+    """Two products, of which a wrapper taps the second, or none."""
+
+    def build(self, shape):
+        self.first = self.add_weight(shape=(shape[-1], 4))
+        self.second = self.add_weight(shape=(shape[-1], 4))
+
+    def call(self, x):
+        return ops.matmul(x, self.first) + ops.matmul(x, self.second)
 
 
 class Subclassed(keras.Model):
@@ -243,3 +258,61 @@ def test_exclude_layers_must_be_a_list_of_patterns():
     for wrong in ("dense", [1], ["("]):
         with pytest.raises(ValueError, match="`exclude_layers` must be a list"):
             keras_adafisher.wrap(mlp(), exclude_layers=wrong)
+
+
+@pytest.mark.parametrize("taps_second", [False, True])
+def test_what_a_wrapper_does_not_tap_is_estimated(taps_second, monkeypatch):
+    """That a layer runs is no answer."""
+
+    class Wrapper(keras_adafisher.LayerWrapper):
+        def make_blocks(self):
+            return [
+                DenseBlock(kernel, None, *kernel.shape)
+                for kernel in (self.host.first, self.host.second)
+            ]
+
+    class TappingWrapper(Wrapper):
+        def call(self, x):
+            z = ops.matmul(x, self.host.second)
+            return ops.matmul(x, self.host.first) + self.tap(z, x, 1)
+
+    monkeypatch.setattr(registry, "_WRAPPERS", dict(registry._WRAPPERS))
+    wrapper = TappingWrapper if taps_second else Wrapper
+    keras_adafisher.register_wrapper(Untapped)(wrapper)
+    model = keras.Sequential([keras.Input((6,)), Untapped()])
+    model.compile(keras_adafisher.AdaFisher(), loss="mse")
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    model.train_on_batch(x, np.ones((8, 4)))
+    sources = [row.source for row in keras_adafisher.coverage(model).rows]
+    second = "measured" if taps_second else "estimated"
+    assert sources == ["estimated", second]
+
+
+def test_where_nothing_is_measured_the_plain_layers_run(monkeypatch):
+    calls = []
+    original = DenseWrapper.call
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DenseWrapper, "call", counted)
+    model = mlp()
+    x, y = data()
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    model.train_on_batch(x, y)
+    assert calls
+    calls.clear()
+    # The second step doesn't measure. (On TensorFlow and JAX it isn't traced.)
+    model.train_on_batch(x, y)
+    model.predict(x, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    assert not calls
+
+
+def test_a_class_whose_call_is_replaced(monkeypatch):
+    layer = keras.layers.Dense(3)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    keras_adafisher.wrap(model)
+    monkeypatch.setattr(keras.layers.Dense, "call", lambda self, x: 7 * x)
+    np.testing.assert_array_equal(layer(np.ones((2, 4))), np.full((2, 4), 7))

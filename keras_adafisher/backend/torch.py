@@ -45,8 +45,10 @@ __all__ = [
 _PART_SIZE = {"cpu": 2**18}
 _OTHER_PART_SIZE = 2**24
 
-# Where a norm takes longer than squares and their mean, and loses more digits.
+# Where a norm takes longer than squares and their mean, and loses more digits,
+# and of which dtypes a norm can be in single precision.
 _SLOW_NORM = {"cpu"}
+_NORM_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 # The last mean square of this thread.
 _here = threading.local()
@@ -106,8 +108,8 @@ def own_tensor(variable):
     """The tensor of a variable, or the one of a stateless call.
 
     While a layer runs, `variable.value` is a copy in the dtype that the layer
-    computes in. And it asks for several settings of Keras each time, which
-    takes longer than all else that is done with it where each layer asks.
+    computes in. And reading it asks for several settings of Keras, which takes
+    Python time.
     """
     return variable.value if in_stateless_scope() else variable._value
 
@@ -117,21 +119,21 @@ def step_number(iterations):
     # somebody else writes to it, which PyTorch counts. In a stateless call,
     # there is another tensor.
     if torch.compiler.is_compiling():
-        return _read(iterations)
+        return _step_number_while_compiling(iterations)
     value = own_tensor(iterations)
     known = getattr(iterations, "adafisher_number", None)
     if known and known[0] is value and known[1] == value._version:
         return known[2]
-    return _read(iterations)
-
-
-# `torch.compile` reads no tensors, and would compile anew for each number.
-@torch.compiler.disable
-def _read(iterations):
-    value = own_tensor(iterations)
     number = int(value)
     iterations.adafisher_number = value, value._version, number
     return number
+
+
+# `torch.compile` reads no tensors, and would compile anew for each number. What
+# is marked like this takes Python time where nothing is compiled.
+@torch.compiler.disable
+def _step_number_while_compiling(iterations):
+    return step_number(iterations)
 
 
 @torch.compiler.disable
@@ -197,9 +199,11 @@ def _mean_square(x, axis):
     # For PyTorch, no axes are all axes.
     if not axis:
         return _squares(x)
-    if x.device.type not in _SLOW_NORM and x.is_floating_point() and x.numel():
+    is_slow = x.device.type in _SLOW_NORM or torch.compiler.is_compiling()
+    if x.dtype in _NORM_DTYPES and x.numel() and not is_slow:
         # Two kernels, whatever the dtype is, the second a small one. Squares,
         # and before them a copy in single precision, would go through memory.
+        # (Not in compiled functions, where they are one kernel.)
         norm = torch.linalg.vector_norm(x, 2, axis, dtype=torch.float32)
         share = norm.numel() / x.numel()
         return torch.addcmul(_zero(x.device), norm, norm, value=share)

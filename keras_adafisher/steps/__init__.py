@@ -8,6 +8,7 @@ from keras import backend as _keras_backend
 
 from keras_adafisher.steps.step import AppliedAgain
 from keras_adafisher.steps.step import current
+from keras_adafisher.steps.step import may_measure
 from keras_adafisher.steps.step import mode
 from keras_adafisher.steps.step import request_of
 from keras_adafisher.steps.step import run
@@ -18,4 +19,12 @@ if _keras_backend.backend() == "jax":
 elif _keras_backend.backend() == "tensorflow":
     from keras_adafisher.steps.tensorflow import run
 
-__all__ = ["AppliedAgain", "Step", "current", "mode", "request_of", "run"]
+__all__ = [
+    "AppliedAgain",
+    "Step",
+    "current",
+    "may_measure",
+    "mode",
+    "request_of",
+    "run",
+]

@@ -130,6 +130,14 @@ def request_of(probe):
     return step.request_of(probe)
 
 
+def may_measure(probe):
+    """Whether a tap may have something to do here. Asks for no answer."""
+    step = current()
+    if step is not None:
+        return step.mode != "plain"
+    return probe.host.trainable and probe.is_requested_outside_of_steps()
+
+
 def run(make_step, inner, optimizers, function, args, kwargs, once):
     """Run a function as a training step.
 

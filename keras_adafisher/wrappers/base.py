@@ -27,9 +27,9 @@ class LayerWrapper(keras.layers.Layer):
     """Measures the Kronecker factors of one layer while it trains.
 
     A wrapper belongs to the layer that it wraps, its *host*, without being one
-    of its sub-layers. It owns the probes, and its `call` runs in place of the
-    host's. The host stays the same object with the same variables, config and
-    saved files.
+    of its sub-layers. It owns the probes, and where it may measure, its `call`
+    runs in place of the host's. The host stays the same object with the same
+    variables, config and saved files.
 
     A subclass says for one layer class what is factored and where it is
     measured. For a layer that computes `tanh(h W)`:
@@ -220,15 +220,13 @@ class LayerWrapper(keras.layers.Layer):
         """Take the place of the host's `call`."""
         host = self.host
 
-        own_call = type(host).call
-
         @functools.wraps(host.call)
         def call(*args, **kwargs):
-            if self._is_asked():
+            if self._may_measure():
                 return self.call(*args, **kwargs)
             # The plain layer. Python takes time on the way through a wrapper,
             # and where PyTorch has a GPU, the GPU waits for it.
-            return own_call(host, *args, **kwargs)
+            return self.host_call(*args, **kwargs)
 
         def rematerialized_call(fn, *args, **kwargs):
             # JAX finds earlier traces by the function's identity. A bound
@@ -249,12 +247,8 @@ class LayerWrapper(keras.layers.Layer):
         host.call = call
         host.rematerialized_call = rematerialized_call
 
-    def _is_asked(self):
-        """Whether a tap would measure, or may: it would be a condition."""
-        for probe in self.probes:
-            if steps.request_of(probe) is not False:
-                return True
-        return False
+    def _may_measure(self):
+        return any(map(steps.may_measure, self.probes))
 
     def detach(self) -> None:
         """Give the host its own `call` back and leave it."""
