@@ -71,6 +71,11 @@ def _fresh_state():
     # need to look through it again: that took a fifth of the time.
     gc.freeze()
     keras.utils.set_random_seed(1234)
+    yield
+    # Keras makes its default policy once it is needed, of what `floatx` is then.
+    # The fixtures of the next module come before `clear_session`.
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
 
 
 @pytest.fixture
