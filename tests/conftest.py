@@ -72,8 +72,8 @@ def _fresh_state():
     gc.freeze()
     keras.utils.set_random_seed(1234)
     yield
-    # Keras makes its default policy once it is needed, of what `floatx` is then.
-    # The fixtures of the next module come before `clear_session`.
+    # Keras makes its default policy when it is needed first, of what `floatx`
+    # is then. The fixtures of the next module come before `clear_session`.
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
 
