@@ -11,7 +11,9 @@ GPU_PYTHON ?= $(BIN)/python
 # Two processes per backend, one after the other: `PYTEST_ARGS=` for one. Who has
 # nothing left to run takes tests from the other.
 PYTEST_ARGS ?= --numprocesses 2 --dist worksteal
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+# Python compiles what is imported. All that is installed takes a third longer.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile \
+  --constraint $(CONSTRAINTS)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
