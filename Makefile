@@ -11,7 +11,8 @@ GPU_PYTHON ?= $(BIN)/python
 # Two processes per backend, one after the other: `PYTEST_ARGS=` for one. Who has
 # nothing left to run takes tests from the other.
 PYTEST_ARGS ?= --numprocesses 2 --dist worksteal
-# Python compiles what is imported. All that is installed takes a third longer.
+# Python compiles what it imports. All that is installed would take half as long
+# again.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile \
   --constraint $(CONSTRAINTS)
 

@@ -379,8 +379,8 @@ MUTATIONS = [
     ),
     Mutation(
         TORCH_PROBE,
-        "                if optimizer.measures_factors():\n",
-        "                if not has_any and optimizer.measures_factors():\n",
+        "any(o.measures_factors() for o in optimizers)",
+        "all(o.measures_factors() for o in optimizers)",
         "test_sharing",
     ),
     Mutation(
@@ -397,8 +397,8 @@ MUTATIONS = [
     ),
     Mutation(
         WRAPPER,
-        "return any(map(steps.may_measure, self.probes))",
-        "return True",
+        "if any(map(steps.may_measure, self.probes)):",
+        "if True:",
         "test_wrapping",
     ),
     Mutation(

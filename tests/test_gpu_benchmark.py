@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 from processes import ROOT
@@ -227,7 +226,6 @@ def test_the_losses_of_a_gpt_on_a_gpu_are_those_of_the_results():
 
 
 def test_models_of_the_same_day_are_kept(tmp_path):
-    sys.path.append(str(ROOT / "benchmarks"))
     from benchmarks import gpu
 
     class Worker:

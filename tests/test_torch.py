@@ -119,11 +119,11 @@ def test_all_operations_of_plain_steps_are_for_lists_of_variables():
     assert growth == [0, 0]
 
 
-def test_operations_for_a_layer_on_steps_that_measure():
-    """Each is a call, and takes as long as a small layer's work."""
+def added_for_a_layer(kind, dtype=None):
+    """How many more a layer takes on a step that measures."""
 
-    def operations(depth, factor_update_steps):
-        model = deep(depth=depth)
+    def count(depth, factor_update_steps):
+        model = deep(depth=depth, dtype=dtype)
         model.compile(
             keras_adafisher.AdaFisher(factor_update_steps=factor_update_steps),
             loss="mse",
@@ -131,13 +131,18 @@ def test_operations_for_a_layer_on_steps_that_measure():
         for _ in range(3):
             with CountReads() as counts:
                 model.train_on_batch(np.ones((2, 6)), np.ones((2, 4)))
-        return counts.operations
+        return getattr(counts, kind)
 
     measuring, plain = (
-        operations(13, steps) - operations(3, steps) for steps in (1, 100)
+        count(13, steps) - count(3, steps) for steps in (1, 100)
     )
+    return (measuring - plain) / 10
+
+
+def test_operations_for_a_layer_on_steps_that_measure():
+    """Each is a call, and takes as long as a small layer's work."""
     # The identity, and for each of `H` and `S` squares and their mean.
-    assert (measuring - plain) / 10 == 5
+    assert added_for_a_layer("operations") == 5
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
@@ -145,26 +150,10 @@ def test_operations_for_a_layer_on_steps_that_measure():
 def test_kernels_for_a_layer_on_steps_that_measure(device, policy, monkeypatch):
     if device == "other":
         monkeypatch.setattr(torch_backend, "_SLOW_NORM", {})
-
-    def kernels(depth, factor_update_steps):
-        model = deep(depth=depth, dtype=policy)
-        model.compile(
-            keras_adafisher.AdaFisher(factor_update_steps=factor_update_steps),
-            loss="mse",
-        )
-        # The first ten measure the size of the steps.
-        for _ in range(12):
-            with CountReads() as counts:
-                model.train_on_batch(np.ones((2, 6)), np.ones((2, 4)))
-        return counts.kernels
-
-    measuring, plain = (
-        kernels(13, steps) - kernels(3, steps) for steps in (1, 100)
-    )
     # The identity, and for each of `H` and `S` a norm and its square. On a CPU
     # squares and their mean, of a copy in single precision. No weight is cast.
     expected = 7 if (device, policy) == ("cpu", "mixed_bfloat16") else 5
-    assert (measuring - plain) / 10 == expected
+    assert added_for_a_layer("kernels", policy) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

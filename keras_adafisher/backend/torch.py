@@ -4,6 +4,7 @@ Reading a tensor would make the host wait for the device. So the iteration
 counter is read once for a step, and a condition is a Python value.
 """
 
+import functools
 import math
 import threading
 import weakref
@@ -52,9 +53,6 @@ _NORM_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 
 # The last mean square of this thread.
 _here = threading.local()
-
-# A zero on each device.
-_zeros = {}
 
 
 def keep_random_state():
@@ -206,7 +204,8 @@ def _mean_square(x, axis):
         # (Not in compiled functions, where they are one kernel.)
         norm = torch.linalg.vector_norm(x, 2, axis, dtype=torch.float32)
         share = norm.numel() / x.numel()
-        return torch.addcmul(_zero(x.device), norm, norm, value=share)
+        zero = kept_constant(0.0, (), x.device)
+        return torch.addcmul(zero, norm, norm, value=share)
     # Squares of a part only are in memory at any time, on a CPU in its cache:
     # the largest activations are those that are there at the peak of a step.
     limit = _PART_SIZE.get(x.device.type, _OTHER_PART_SIZE)
@@ -227,10 +226,10 @@ def _squares(x):
     return x * x
 
 
-def _zero(device):
-    if device not in _zeros:
-        _zeros[device] = torch.zeros((), device=device)
-    return _zeros[device]
+@functools.cache
+def kept_constant(number, shape, device):
+    """A tensor that is made once. Not for compiled functions."""
+    return torch.full(shape, number, device=device)
 
 
 def count_ids(ids, size):

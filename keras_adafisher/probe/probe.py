@@ -51,8 +51,8 @@ class Probe:
         sizes: List of ints that add up to `size`, those of these parts.
         variable: `keras.Variable` of shape `(size,)`, which has to be
             differentiated with the parameters. `None` on PyTorch.
-        optimizers: Weak set of the AdaFishers that have been built for the
-            block.
+        optimizers: List of the AdaFishers that have been built for the block,
+            of those that are still there.
     """
 
     # What answers are multiplied by on their way, see the top. It is 9e-13: a
@@ -77,7 +77,7 @@ class Probe:
         ]
         self.sizes = [1, *map(math.prod, shapes)]
         self.size = sum(self.sizes)
-        self.optimizers = weakref.WeakSet()
+        self._references = []
         self.variable = self._make_variable(name)
 
     def _make_variable(self, name):
@@ -110,13 +110,25 @@ class Probe:
             getattr(self.host, "quantization_mode", None) is None
         )
 
+    @property
+    def optimizers(self):
+        # On PyTorch, each layer asks at each step. Looking through a weak set
+        # takes longer than all else that is asked.
+        found = [reference() for reference in self._references]
+        return [optimizer for optimizer in found if optimizer is not None]
+
     def add_optimizer(self, optimizer):
         """Take notice of an AdaFisher that was built for the block."""
-        self.optimizers.add(optimizer)
+        self.remove_optimizer(optimizer)
+        self._references.append(weakref.ref(optimizer))
 
     def remove_optimizer(self, optimizer):
-        """Forget an AdaFisher that measures here no more."""
-        self.optimizers.discard(optimizer)
+        """Forget an AdaFisher that measures here no more, and those gone."""
+        self._references = [
+            weakref.ref(other)
+            for other in self.optimizers
+            if other is not optimizer
+        ]
 
     def tap(self, z, h):
         """Measure the block between its input and its output.

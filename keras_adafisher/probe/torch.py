@@ -11,17 +11,14 @@ measure has no taps at all.
 
 import contextlib
 import threading
-import weakref
 
 import torch
 from keras import ops
 from torch.nn.parallel import DistributedDataParallel
 
+from keras_adafisher.backend.torch import kept_constant
 from keras_adafisher.backend.torch import own_tensor
 from keras_adafisher.probe.probe import Probe
-
-# What `TorchProbe.one_call` returns, by device: it is made once.
-_ones = {}
 
 # Whether this thread runs `TorchProbe.differentiate`.
 _here = threading.local()
@@ -57,38 +54,23 @@ class TorchProbe(Probe):
         self.answer = None
         self.process_group = None
         self.is_requested = True
-        # What is in `optimizers`.
-        self._references = []
 
     def _make_variable(self, name):
         return None
 
     def add_optimizer(self, optimizer):
         super().add_optimizer(optimizer)
-        self._references = [weakref.ref(o) for o in self.optimizers]
         # It measures at its first step, whatever another one has said.
         self.is_requested = True
-
-    def remove_optimizer(self, optimizer):
-        super().remove_optimizer(optimizer)
-        self._references = [weakref.ref(o) for o in self.optimizers]
 
     def is_requested_outside_of_steps(self):
         # A custom loop needs no decorator here.
         if torch.compiler.is_compiling():
             # A compiled function is made anew when a Python value has changed
-            # that it depends on. A weak set can't be looked through there.
+            # that it depends on. Weak references can't be followed there.
             return self.is_requested
-        # Each layer asks at each step, so this has to take Python little time.
-        # Looking through a weak set takes longer than all else.
-        has_any = False
-        for reference in self._references:
-            optimizer = reference()
-            if optimizer is not None:
-                if optimizer.measures_factors():
-                    return True
-                has_any = True
-        return not has_any
+        optimizers = self.optimizers
+        return not optimizers or any(o.measures_factors() for o in optimizers)
 
     def identity(self, z, h, request):
         # On the "meta" device, Keras infers shapes. There is nothing to
@@ -122,9 +104,7 @@ class TorchProbe(Probe):
     def one_call(x):
         if torch.compiler.is_compiling():
             return torch.ones(1, device=x.device)
-        if x.device not in _ones:
-            _ones[x.device] = torch.ones(1, device=x.device)
-        return _ones[x.device]
+        return kept_constant(1.0, (1,), x.device)
 
     def answer_in(self, gradients):
         _, parts = self.answer or (None, None)

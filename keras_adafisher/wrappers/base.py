@@ -222,7 +222,7 @@ class LayerWrapper(keras.layers.Layer):
 
         @functools.wraps(host.call)
         def call(*args, **kwargs):
-            if self._may_measure():
+            if any(map(steps.may_measure, self.probes)):
                 return self.call(*args, **kwargs)
             # The plain layer. Python takes time on the way through a wrapper,
             # and where PyTorch has a GPU, the GPU waits for it.
@@ -246,9 +246,6 @@ class LayerWrapper(keras.layers.Layer):
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
-
-    def _may_measure(self):
-        return any(map(steps.may_measure, self.probes))
 
     def detach(self) -> None:
         """Give the host its own `call` back and leave it."""
