@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 600
 
 UPDATES = "optimizer/updates.py"
+MIXIN = "optimizer/update_mixin.py"
 ARGUMENTS = "optimizer/arguments.py"
 AVERAGING = "optimizer/averaging.py"
 SCHEDULES = "optimizer/schedules.py"
@@ -41,6 +42,7 @@ PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
 STEPS = "steps/step.py"
 WRAPPER = "wrappers/base.py"
+CONV = "wrappers/conv.py"
 UPDATE = "optimizer/torch_update.py"
 DIAGONALS = "optimizer/torch_diagonals.py"
 TORCH = "backend/torch.py"
@@ -116,7 +118,7 @@ MUTATIONS = [
     ),
     Mutation(
         SQUARES,
-        "return (root + epsilon) / weight**0.5",
+        "return (root + epsilon) / (scale * weight**0.5)",
         "return root + epsilon",
         "test_optimizer",
     ),
@@ -492,8 +494,28 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "segments_of_blocks[number].append(segment)",
-        "rows_of_blocks[number] = [row]",
+        "np.append(firsts, len(numbers) + firsts)",
+        "np.append(firsts, firsts)",
+        "test_factor_store",
+    ),
+    Mutation(
+        MIXIN,
+        "entries = start + np.arange(math.prod(own_shape))",
+        "entries = np.arange(math.prod(own_shape))",
+        "test_mean_squares test_optimizer",
+        backend="jax",
+    ),
+    Mutation(
+        CONV,
+        "return self.groups == 1 and is_product",
+        "return is_product",
+        "test_mean_squares",
+        backend="jax",
+    ),
+    Mutation(
+        STORE,
+        "of_blocks[number].append(segment)",
+        "of_blocks[number] = [segment]",
         "test_factor_store test_faults",
     ),
     Mutation(

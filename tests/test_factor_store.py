@@ -220,14 +220,19 @@ def test_the_entry_of_the_bias_takes_part(values, new, new_one, copies):
 
 @pytest.mark.parametrize("normalization", ["mean", "min_max"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1e-3])
-def test_a_block_is_taken_in_whole_or_not_at_all(rng, bad, normalization):
+@pytest.mark.parametrize("broken", ["activation", "gradient"])
+def test_a_block_is_taken_in_whole_or_not_at_all(
+    rng, broken, bad, normalization
+):
     blocks = [Map((3,), (5,)) for _ in range(3)]
     factors = make(blocks, normalization)
     before = state(factors)
     answers, means = measure(factors, rng, [1, 1, 1])
-    # One entry of the second block's second vector.
-    broken = [1.0, 2.0, bad, 3.0, 4.0]
-    answers[id(factors.block_factors[1].probe)] = answer(1, means[1][0], broken)
+    # One entry of one of the second block's vectors.
+    of_block = dict(zip(("activation", "gradient"), means[1], strict=True))
+    of_block[broken] = np.array(of_block[broken])
+    of_block[broken][1] = bad
+    answers[id(factors.block_factors[1].probe)] = answer(1, *of_block.values())
     take_in(factors, answers)
     wanted = [
         expected(old, block, mean, normalization)

@@ -87,3 +87,53 @@ def test_a_parameter_without_a_gradient_keeps_its_mean_square():
     after = to_numpy(variable)
     assert np.all(after[:2] > before[:2])
     np.testing.assert_array_equal(after[2:], before[2:])
+
+
+def test_the_first_step_of_every_kind_of_layer():
+    """It is `g / F`, divided by its root mean square and bounded by 1."""
+
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6, 6, 4))
+        x = keras.layers.Conv2D(6, 3, padding="same")(inputs)
+        x = keras.layers.Conv2D(6, 2, groups=2, activation="tanh")(x)
+        x = keras.layers.BatchNormalization()(x)
+        x = keras.layers.DepthwiseConv2D(2)(x)
+        x = keras.layers.LayerNormalization()(x)
+        x = keras.layers.EinsumDense(
+            "bijc,cde->bijde", (4, 4, 3, 5), bias_axes="de"
+        )(x)
+        x = keras.layers.Flatten()(x)
+        # One kernel with more and one with fewer than 1,024 entries.
+        x = keras.layers.Dense(7, "tanh")(x)
+        return keras.Model(inputs, keras.layers.Dense(5)(x))
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 6, 6, 4)).astype("float32")
+    y = rng.normal(size=(8, 5)).astype("float32")
+    model, plain = make(), make()
+    before = [np.array(w) for w in plain.get_weights()]
+    plain.compile(keras.optimizers.SGD(1.0), loss="mse")
+    plain.train_on_batch(x, y)
+    optimizer = keras_adafisher.AdaFisher(1e-3)
+    model.compile(optimizer, loss="mse")
+    model.train_on_batch(x, y)
+    trainable = {id(v) for v in plain.trainable_variables}
+    checked = 0
+    for variable, other, old in zip(
+        model.weights, plain.weights, before, strict=True
+    ):
+        if id(other) not in trainable:
+            continue
+        gradient = old - to_numpy(other)
+        quotient = gradient / to_numpy(optimizer.preconditioner(variable))
+        wanted = quotient / np.sqrt(np.mean(np.square(quotient)))
+        np.testing.assert_allclose(
+            (old - to_numpy(variable)) / 1e-3,
+            np.clip(wanted, -1, 1),
+            rtol=2e-3,
+            atol=1e-3,
+            err_msg=variable.path,
+        )
+        checked += 1
+    assert checked == 16

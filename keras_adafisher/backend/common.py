@@ -29,6 +29,7 @@ __all__ = [
     "half_matmul",
     "half_precision",
     "has_accelerator",
+    "initializer",
     "is_traced",
     "keep_random_state",
     "lerp",
@@ -99,6 +100,25 @@ def keep_random_state():
 def step_number(iterations):
     """The optimizer's iteration counter, to compute with."""
     return ops.convert_to_tensor(iterations)
+
+
+def initializer(number):
+    """What makes the first value of a small variable.
+
+    For each shape, Keras' own compile a program on JAX, and so does an array of
+    NumPy's that Keras turns into a tensor.
+
+    Args:
+        number: Float, the value of all entries.
+
+    Returns:
+        Callable that takes a shape and a dtype.
+    """
+
+    def initialize(shape, dtype="float32"):
+        return ops.convert_to_tensor(np.full(shape, number, dtype), dtype)
+
+    return initialize
 
 
 def check_same_strategy(variables, state):
@@ -351,13 +371,24 @@ def count_ids(ids, size):
     )
 
 
-def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
+def window_mean(
+    x,
+    axis,
+    kernel_size,
+    stride,
+    dilation,
+    before,
+    outputs,
+    repeats_matrix=False,
+):
     """`statistics.window_mean`.
 
     Args:
         x, axis, kernel_size, stride, dilation: See there.
         before: Int, the padding in front of `x`.
         outputs: Int, the number of output positions.
+        repeats_matrix: Bool. Whether each of the matrices that one matrix is
+            multiplied with gets a copy of it. Defaults to `False`.
     """
     # Which position each tap reads at each output, as a matrix: a product is
     # one operation, slices and sums are two for each tap.
@@ -369,6 +400,9 @@ def window_mean(x, axis, kernel_size, stride, dilation, before, outputs):
     is_read = (starts % stride == 0) & (starts >= 0)
     is_read = is_read & (starts < outputs * stride)
     matrix = ops.cast(is_read, x.dtype) / ops.cast(outputs, x.dtype)
-    x = ops.reshape(x, (math.prod(shape[:axis]), size, -1))
+    count = math.prod(shape[:axis])
+    x = ops.reshape(x, (count, size, -1))
+    if repeats_matrix:
+        matrix = ops.broadcast_to(matrix, (count, *matrix.shape))
     x = ops.matmul(matrix, x)
     return ops.reshape(x, (*shape[:axis], kernel_size, *shape[axis + 1 :]))

@@ -69,8 +69,12 @@ class BlockFactors:
         """`S` of the bias. `None` without a bias."""
         if self.block.bias is None:
             return None
+        return self.factor(self._name_of_bias_gradient)
+
+    @property
+    def _name_of_bias_gradient(self):
         has_own = "bias_gradient" in self.places
-        return self.factor("bias_gradient" if has_own else "gradient")
+        return "bias_gradient" if has_own else "gradient"
 
     def of_matrices(self, view):
         """The weight's factors, for each of its matrices.
@@ -94,23 +98,34 @@ class BlockFactors:
         """List of tuples: what the block adds to Fisher diagonals.
 
         A parameter, a function for the diagonal, one for the two tensors whose
-        product it is, `None` if it is none, and a bool, whether both can be
-        called with `cut`.
+        product it is, `None` if it is none, a bool, whether both can be called
+        with `cut`, and the `places` of the two tensors, `None` unless they are
+        factors as they are.
         """
         block = self.block
-        of_weight = of_bias = None
+        of_weight = of_bias = places_of_weight = places_of_bias = None
         if block.has_operands_of_weight:
             of_weight = self.operands_of_weight
         if block.has_operands_of_bias:
             of_bias = self.operands_of_bias
+        if block.has_plain_operands_of_weight:
+            places_of_weight = [
+                self.places[name] for name in ("activation", "gradient")
+            ]
+        if block.has_plain_operands_of_bias:
+            places_of_bias = [
+                self.places[name]
+                for name in ("bias_input", self._name_of_bias_gradient)
+            ]
         terms = [
             (
                 block.weight,
                 self.fisher_of_weight,
                 of_weight,
                 block.takes_slices,
+                places_of_weight,
             ),
-            (block.bias, self.fisher_of_bias, of_bias, False),
+            (block.bias, self.fisher_of_bias, of_bias, False, places_of_bias),
         ]
         return [term for term in terms if term[0] is not None]
 
@@ -181,6 +196,8 @@ class FisherDiagonal:
         factors_of_weight: List of the `BlockFactors` that the parameter is the
             weight of, so that its gradient may have to estimate them.
         takes_slices: Bool, whether it can be called with `cut`.
+        places: List of two pairs, where each of `operands()` begins in the
+            vector, and its shape. `None` if they aren't there as they are.
         kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
@@ -190,10 +207,12 @@ class FisherDiagonal:
         self._operands = []
         self.factors_of_weight = []
         self.takes_slices = True
+        self.places = None
         self.kept = None
 
-    def add(self, function, operands, takes_slices):
+    def add(self, function, operands, takes_slices, places):
         """Add what a block has: see `BlockFactors.terms`."""
+        self.places = None if self else places
         self._terms.append(function)
         self._operands.append(operands)
         self.takes_slices = self.takes_slices and takes_slices

@@ -58,7 +58,6 @@ class FactorStore:
         if not probes:
             return
         blocks = [probe.block for probe in probes]
-        self._find_uses(blocks)
         places = self._lay_out(blocks)
         sizes = {"factors": self._size, "records": 2 * len(probes)}
         if accumulates:
@@ -66,8 +65,7 @@ class FactorStore:
         self.variables = [
             add_variable(
                 shape=(size,),
-                # NumPy's. JAX compiles its own anew for each shape.
-                initializer=np.ones if name == "factors" else np.zeros,
+                initializer=backend.initializer(float(name == "factors")),
                 dtype="float32",
                 # All replicas write the same value.
                 aggregation="only_first_replica",
@@ -102,18 +100,6 @@ class FactorStore:
             for factors in self.block_factors:
                 factors.held.clear()
 
-    def _find_uses(self, blocks):
-        """Find the blocks that have a weight in common."""
-        numbers = collections.defaultdict(list)
-        for number, block in enumerate(blocks):
-            numbers[id(block.parameters[0])].append(number)
-        # For each block the blocks of its weight. `None` if that is itself.
-        self._uses = None
-        if len(numbers) < len(blocks):
-            self._uses = _padded(
-                [numbers[id(block.parameters[0])] for block in blocks]
-            )
-
     def _lay_out(self, blocks):
         """Find a place for each factor.
 
@@ -124,11 +110,11 @@ class FactorStore:
         # The names of the factors of each segment, with their block's number.
         segments = []
         lengths = []
-        self._starts = []
+        starts = []
         self._size = 0
         for number, block in enumerate(blocks):
             shapes = factor_shapes(block)
-            self._starts.append(self._size)
+            starts.append(self._size)
             for names in names_of_segments(block, self._normalization):
                 start = self._size
                 for name in names:
@@ -138,14 +124,7 @@ class FactorStore:
                 segments.append((number, names))
                 lengths.append(self._size - start)
         self._segments = Segments(lengths)
-        self._places_of_calls = backend.constant(self._starts, "int32")
-        segments_of_blocks = [[] for _ in blocks]
-        for segment, (number, _) in enumerate(segments):
-            segments_of_blocks[number].append(segment)
-        self._segments_of_blocks = _padded(segments_of_blocks)
-        self._blocks_of_segments = backend.constant(
-            [n for n, _ in segments], "int32"
-        )
+        self._find_relatives(blocks, [number for number, _ in segments], starts)
         # Nothing is normalized together with the input that is always 1.
         self._is_bias_input = backend.constant(
             np.repeat(
@@ -165,6 +144,40 @@ class FactorStore:
             "float32",
         )
         return places
+
+    def _find_relatives(self, blocks, numbers, starts):
+        """Find what each segment has to know of others.
+
+        Args:
+            blocks: List of `Block`s.
+            numbers: List of ints, the number of each segment's block.
+            starts: List of ints, where the factors of each block begin, with
+                the number of its calls.
+        """
+        self._places_of_calls = backend.constant(
+            [starts[number] for number in numbers], "int32"
+        )
+        of_blocks = [[] for _ in blocks]
+        of_weights = collections.defaultdict(list)
+        for segment, number in enumerate(numbers):
+            of_blocks[number].append(segment)
+        for block, (first, *_) in zip(blocks, of_blocks, strict=True):
+            of_weights[id(block.parameters[0])].append(first)
+        # The segments of a segment's block.
+        self._siblings = _padded([of_blocks[number] for number in numbers])
+        # The first segment of each block of its weight. `None` if no weight
+        # has several.
+        self._uses = None
+        if len(of_weights) < len(blocks):
+            self._uses = _padded(
+                [of_weights[id(blocks[n].parameters[0])] for n in numbers]
+            )
+        # The first segment of each block in one list of segments, and in a
+        # second one behind it.
+        firsts = np.array([first for first, *_ in of_blocks])
+        self._places_of_records = backend.constant(
+            np.append(firsts, len(numbers) + firsts), "int32"
+        )
 
     def counts(self):
         """`records` as NumPy has them.
@@ -285,27 +298,27 @@ class FactorStore:
             stay as they were if its weight wasn't used, or if what it measured
             can't be sums of squares: not all of it is finite and positive.
         """
+        # For each segment those of its block. To find them for blocks and then
+        # repeat them takes a kernel more on JAX.
         calls = backend.take(answers, self._places_of_calls)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
         is_used = calls > 0
         divisors = backend.filled(calls, ~is_used, 1.0)
-        divisors = backend.take(divisors, self._blocks_of_segments)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
         answers = backend.filled(answers, answers < 0, np.float32(np.nan))
         x, is_finite = self._normalized(answers, divisors, epsilons)
-        is_possible = ops.all(
-            backend.take(is_finite, self._segments_of_blocks), axis=1
-        )
+        is_possible = ops.all(backend.take(is_finite, self._siblings), axis=1)
         if self._uses is not None:
             is_used = ops.any(backend.take(is_used, self._uses), axis=1)
         is_usable = ops.logical_and(is_possible, is_used)
         is_dropped = ops.logical_xor(is_used, is_usable)
-        records = ops.concatenate([is_usable, is_dropped])
+        records = backend.take(
+            ops.concatenate([is_usable, is_dropped]), self._places_of_records
+        )
         records = ops.add(self.records, ops.cast(records, "float32"))
-        is_usable = backend.take(is_usable, self._blocks_of_segments)
         old = ops.convert_to_tensor(self.vector)
         new = running_average(old, x, gamma_1, gamma_2)
         new = ops.where(self._segments.to_entries(is_usable), new, old)

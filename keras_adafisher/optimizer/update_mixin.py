@@ -43,12 +43,18 @@ class UpdateMixin:
             # Pieces of what is split over devices don't fit together.
             is_joined[:] = False
         joined, apart = np.flatnonzero(is_joined), np.flatnonzero(~is_joined)
+        # As `_joined_fishers` has them: products of two factors first.
+        joined = sorted(joined, key=lambda place: fishers[place].places is None)
         found = []
         if len(joined):
-            shapes = [gradients[place].shape for place in joined]
             squares = self._squares_of_quotients(
-                _join([gradients[place] for place in joined], shapes),
-                _join([fishers[place]() for place in joined], shapes),
+                ops.concatenate(
+                    [ops.reshape(gradients[place], (-1,)) for place in joined]
+                ),
+                _joined_fishers(
+                    [fishers[place] for place in joined],
+                    [gradients[place].shape for place in joined],
+                ),
             )
             found.append(Segments(sizes[joined]).mean(squares))
         if len(apart):
@@ -70,14 +76,35 @@ class UpdateMixin:
         return ops.square(ops.cast(quotient, "float32"))
 
 
-def _join(tensors, shapes):
-    """The entries of tensors that broadcast to some shapes, in one vector."""
-    return ops.concatenate(
-        [
-            ops.reshape(ops.broadcast_to(tensor, shape), (-1,))
-            for tensor, shape in zip(tensors, shapes, strict=True)
-        ]
+def _joined_fishers(fishers, shapes):
+    """The entries of some Fisher diagonals in one vector.
+
+    Args:
+        fishers: List of `FisherDiagonal`s, those that have `places` first.
+        shapes: List of the shapes of their parameters.
+    """
+    # Factors that are multiplied as they are, are read and multiplied together:
+    # one by one, each shape would take a kernel.
+    places = [[], []]
+    others = []
+    for fisher, shape in zip(fishers, shapes, strict=True):
+        if fisher.places is None:
+            others.append(ops.reshape(ops.broadcast_to(fisher(), shape), (-1,)))
+            continue
+        for found, (start, own_shape) in zip(
+            places, fisher.places, strict=True
+        ):
+            entries = start + np.arange(math.prod(own_shape))
+            entries = np.broadcast_to(entries.reshape(own_shape), shape)
+            found.append(entries.ravel())
+    if not places[0]:
+        return ops.concatenate(others)
+    vector = ops.convert_to_tensor(fishers[0].vector)
+    first, second = (
+        backend.take(vector, backend.constant(np.concatenate(found), "int32"))
+        for found in places
     )
+    return ops.concatenate([ops.multiply(first, second), *others])
 
 
 class TensorFlowUpdateMixin:

@@ -62,9 +62,8 @@ class UpdateRMS:
         self.places = {index: place for place, index in enumerate(indices)}
         self._settings = settings
         self.variable = add_variable(
-            # NumPy's. JAX compiles its own anew for each shape.
             shape=(len(indices),),
-            initializer=np.zeros,
+            initializer=backend.initializer(0.0),
             name="mean_squares",
         )
 
@@ -106,12 +105,13 @@ class UpdateRMS:
         average = old + (new - old) * weight
         return ops.where(ops.isfinite(new), average, old)
 
-    def roots(self, update, epsilon):
+    def roots(self, update, epsilon, scale=1):
         """What the steps of an update are divided by.
 
         Args:
             update: See `are_measured`.
             epsilon: Float, added to the square roots.
+            scale: Number or scalar tensor, divides them too. Defaults to 1.
 
         Returns:
             Float32 vector, the roots of the averages, corrected for that these
@@ -126,7 +126,7 @@ class UpdateRMS:
         )
         weight = 1 - self._decay ** update_rule.past_the_largest(updates)
         root = ops.sqrt(ops.convert_to_tensor(self.variable))
-        return (root + epsilon) / weight**0.5
+        return (root + epsilon) / (scale * weight**0.5)
 
     def of(self, vector, index):
         """The entry of one parameter in a vector like `variable`.

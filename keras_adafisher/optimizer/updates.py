@@ -408,10 +408,9 @@ class Updates:
                 rate = rate * ops.sqrt(1 - ops.power(decay, step))
             elif self._mean_squares is not None:
                 roots = self._mean_squares.roots(
-                    self.iterations, self.adam_epsilon
+                    self.iterations, self.adam_epsilon, rate
                 )
-                rate = rate / ops.cast(roots, dtype)
-                rate = backend.entries(rate)
+                rate = backend.entries(1 / ops.cast(roots, dtype))
             made[key] = rate
         rate = made[key]
         if is_factored and self._mean_squares is not None:

@@ -1,13 +1,13 @@
 """JAX' probes: the condition on a request is in the compiled program."""
 
 import jax
-import jax.numpy as jnp
 import keras
 from jax.interpreters.ad import JVPTracer
 from keras import ops
 
 from keras_adafisher.backend import constrain_layout
 from keras_adafisher.probe.probe import Probe
+from keras_adafisher.steps.jax import nearly_zeros
 
 
 class JaxProbe(Probe):
@@ -21,49 +21,41 @@ class JaxProbe(Probe):
             return z
         vector = ops.convert_to_tensor(self.variable)
         h = jax.lax.stop_gradient(ops.convert_to_tensor(h, sparse=False))
-        split = sum(self.sizes[:2])
 
-        def first_part():
-            return self.measure_activations(h)
+        def activations():
+            return constrain_layout(self.activation_vector(h), self.variable)
 
-        def whole(first, s):
-            answer = jnp.concatenate([first[:split], self.measure_gradients(s)])
-            return constrain_layout(answer, self.variable)
+        def answer(first, s):
+            parts = [self.one_call(first), first, *self.gradient_parts(s)]
+            return constrain_layout(self._join(parts), self.variable)
 
+        # In the forward pass: the backward pass may have another form of `h`
+        # only, and needn't keep this one alive. Joined and scaled they are in
+        # the backward pass, which takes a kernel for it anyway.
         if request is True:
-            # In the forward pass: the backward pass may have another form of
-            # `h` only, and needn't keep this one alive.
-            first = first_part()
+            first = activations()
         else:
-            # Where no answer is wanted, there is the probe itself, which is as
-            # good as zero: zeros made anew would be one kernel more for each
-            # size.
-            zeros = jax.lax.stop_gradient(vector)
-            first = jax.lax.cond(
-                request,
-                lambda: constrain_layout(
-                    jnp.concatenate([first_part(), zeros[split:]]),
-                    self.variable,
-                ),
-                lambda: zeros,
-            )
+            zeros = nearly_zeros(self.sizes[1])
+            first = jax.lax.cond(request, activations, lambda: zeros)
 
         @jax.custom_vjp
         def identity(z, vector, first, request):
             return z
 
         def forward(z, vector, first, request):
-            return z, (first, request)
+            return z, (vector, first, request)
 
         def backward(residuals, s):
-            first, request = residuals
+            vector, first, request = residuals
             if request is None:
-                answer = whole(first, s)
+                found = answer(first, s)
             else:
-                answer = jax.lax.cond(
-                    request, lambda: whole(first, s), lambda: first
+                # Where no answer is wanted, there is the probe itself, which
+                # is as good as zero.
+                found = jax.lax.cond(
+                    request, lambda: answer(first, s), lambda: vector
                 )
-            return s, answer, None, None
+            return s, found, None, None
 
         identity.defvjp(forward, backward)
         return identity(z, vector, first, None if request is True else request)

@@ -85,8 +85,7 @@ class Probe:
         parameter = self.block.parameters[0]
         with backend.creation_scope(parameter):
             variable = keras.Variable(
-                # NumPy's. JAX compiles its own anew for each shape.
-                np.zeros,
+                backend.initializer(0.0),
                 shape=(self.size,),
                 dtype="float32",
                 # Under mixed precision a variable is cast where it is read,
@@ -246,6 +245,11 @@ class Probe:
 
     def activation_parts(self, h):
         """List of the vectors that `measure_activations` joins, not scaled."""
+        statistic = self.activation_vector(h)
+        return [self.one_call(statistic), statistic]
+
+    def activation_vector(self, h):
+        """The mean squares of `h`, in a vector, not scaled."""
         # Split like the layer, whatever becomes of it: otherwise the compiler
         # may choose that its input is whole, and gather that at each step.
         statistic = backend.broadcast_layout(
@@ -253,10 +257,7 @@ class Probe:
             self.block.activation_shape,
             self.block.parameters[:1],
         )
-        return [
-            self.one_call(statistic),
-            backend.reshape(statistic, (-1,)),
-        ]
+        return backend.reshape(statistic, (-1,))
 
     @staticmethod
     def one_call(x):

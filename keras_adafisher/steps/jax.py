@@ -142,7 +142,7 @@ class _State:
         """The arguments, with the probes' zeros behind weights' values."""
         nodes = list(self._nodes)
         for place, shapes in self._probes.items():
-            zeros = map(_nearly_zeros, shapes)
+            zeros = map(nearly_zeros, shapes)
             nodes[place] = type(nodes[place])([*nodes[place], *zeros])
         return jax.tree.unflatten(self._structure, nodes)
 
@@ -178,11 +178,17 @@ class _State:
         return results
 
 
-def _nearly_zeros(shape):
-    # Of a constant whose entries are all equal, XLA makes a kernel that fills
-    # memory, one more to compile for each size. Others are in the program.
+def nearly_zeros(shape):
+    """A constant that is as good as zeros.
+
+    Of one whose entries are all equal, XLA makes a kernel that fills memory,
+    one more to compile for each size. Others are in the program.
+
+    Args:
+        shape: Int or tuple of one int.
+    """
     values = np.zeros(shape, "float32")
-    values[0] = np.finfo("float32").tiny
+    values[:1] = np.finfo("float32").tiny
     return values
 
 
