@@ -21,9 +21,11 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 # The tests' tensors are too small to be worth more than one thread each.
 test-%: export OMP_NUM_THREADS ?= 1
 test-%: export TF_NUM_INTRAOP_THREADS ?= 1
-# JAX' tests spend most of their time on compiling. They don't need LLVM's
-# optimizations, which are a fifth of it.
+# JAX' tests spend most of their time on compiling. They need neither LLVM's
+# optimizations, which are a third of it, nor the code generator in front of
+# them, MLIR's, which takes half of what is left then. `make test-long` has both.
 test-%: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test-jax test-once: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
 
 .PHONY: demo test test-once test-oldest test-models test-long mutations bench \
   bench-quick bench-gpu bench-gpu-tiny gpu-programs quality quality-gpu \
@@ -58,7 +60,7 @@ test-oldest: $(addprefix test-oldest-,$(BACKENDS))
 
 $(addprefix test-oldest-,$(BACKENDS)): test-oldest-%:
 	$(MAKE) $(if $(filter jax,$*),test-once) test-$* \
-	  VENV=.venv-oldest-$* CONSTRAINTS=constraints-oldest.txt \
+	  VENV=.venv-oldest-$* CONSTRAINTS=constraints-oldest.txt XLA_FLAGS= \
 	  TEST_EXTRAS=$*,test-without-hub
 
 # Also the models that take some backend minutes to compile.

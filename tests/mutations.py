@@ -42,7 +42,6 @@ PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
 STEPS = "steps/step.py"
 WRAPPER = "wrappers/base.py"
-CONV = "wrappers/conv.py"
 UPDATE = "optimizer/torch_update.py"
 DIAGONALS = "optimizer/torch_diagonals.py"
 TORCH = "backend/torch.py"
@@ -494,7 +493,7 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "np.append(firsts, len(numbers) + firsts)",
+        "np.append(firsts, len(blocks_of_segments) + firsts)",
         "np.append(firsts, firsts)",
         "test_factor_store",
     ),
@@ -506,9 +505,16 @@ MUTATIONS = [
         backend="jax",
     ),
     Mutation(
-        CONV,
-        "return self.groups == 1 and is_product",
-        "return is_product",
+        BLOCK,
+        "is_same = all(x is y for x, y in zip(operands, factors, strict=True))",
+        "is_same = True",
+        "test_mean_squares",
+        backend="jax",
+    ),
+    Mutation(
+        BLOCK,
+        "self.factor_places = None if self._terms else places",
+        "self.factor_places = places",
         "test_mean_squares",
         backend="jax",
     ),
@@ -679,8 +685,8 @@ MUTATIONS = [
         "jax",
     ),
     Mutation(
-        "steps/jax.py",
-        '    values[0] = np.finfo("float32").tiny\n',
+        "backend/jax.py",
+        '    values[:1] = np.finfo("float32").tiny\n',
         "",
         "test_cost",
         "jax",

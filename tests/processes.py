@@ -35,11 +35,13 @@ def run(*arguments, timeout=TIMEOUT, **environment):
     Returns:
         What it wrote to its standard output.
     """
+    # The script's own affair: how many devices there are, for instance.
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env={
-            **os.environ,
+            **inherited,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             # A window would wait for somebody to close it.
             "MPLBACKEND": "agg",

@@ -648,7 +648,7 @@ def check_kills(count, folder):
 
 
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
-    check_kills(2, tmp_path)
+    check_kills(1, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import warnings
 
 import keras
+import numpy as np
 import pytest
 import reference
 from keras import ops
@@ -169,3 +170,31 @@ def test_a_wrapper_has_to_answer_its_questions():
     layer.build((None, 4))
     with pytest.raises(NotImplementedError, match="override `make_blocks"):
         Empty(layer)
+
+
+def test_statistics_may_be_in_half_precision():
+    class Half(keras.layers.Dense):
+        pass
+
+    class HalfBlock(DenseBlock):
+        def activation_statistic(self, h):
+            return ops.mean(ops.square(h), axis=0)
+
+        def gradient_statistic(self, s):
+            return ops.mean(ops.square(s), axis=0)
+
+    @keras_adafisher.register_wrapper(Half)
+    class HalfWrapper(DenseWrapper):
+        def make_blocks(self):
+            layer = self.host
+            return [HalfBlock(layer.kernel, layer.bias, *layer.kernel.shape)]
+
+    layer = Half(3, dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((4,)), layer])
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
+    model.compile(optimizer, loss="mse")
+    model.fit(np.eye(4), np.eye(4)[:, :3], batch_size=1, verbose=0)
+    activation, *_ = optimizer.factors(layer.kernel)
+    assert to_numpy(activation).dtype == "float32"
+    assert np.all(np.isfinite(to_numpy(activation)))
+    assert np.any(to_numpy(activation) != 1)

@@ -103,10 +103,10 @@ def step_number(iterations):
 
 
 def initializer(number):
-    """What makes the first value of a small variable.
+    """What makes the first value of a variable that all entries share.
 
-    For each shape, Keras' own compile a program on JAX, and so does an array of
-    NumPy's that Keras turns into a tensor.
+    On JAX, Keras' own compile a program for each shape, and so does an array of
+    NumPy's that is made a tensor without a dtype, as `keras.Variable` does it.
 
     Args:
         number: Float, the value of all entries.
@@ -387,8 +387,9 @@ def window_mean(
         x, axis, kernel_size, stride, dilation: See there.
         before: Int, the padding in front of `x`.
         outputs: Int, the number of output positions.
-        repeats_matrix: Bool. Whether each of the matrices that one matrix is
-            multiplied with gets a copy of it. Defaults to `False`.
+        repeats_matrix: Bool. Whether two stacks of matrices are multiplied,
+            one of them of copies, and not a matrix and a stack. Defaults to
+            `False`.
     """
     # Which position each tap reads at each output, as a matrix: a product is
     # one operation, slices and sums are two for each tap.

@@ -60,6 +60,20 @@ def window_mean(*args):
         return common.window_mean(*args, repeats_matrix=True)
 
 
+def nearly_zeros(shape):
+    """A constant that is as good as zeros.
+
+    Of one whose entries are all equal, XLA makes a kernel that fills memory,
+    one more to compile for each size. Others are in the program.
+
+    Args:
+        shape: Int or tuple of one int.
+    """
+    values = np.zeros(shape, "float32")
+    values[:1] = np.finfo("float32").tiny
+    return values
+
+
 def part(vector, start, size):
     if has_accelerator():
         # Starting a kernel takes time there, and a slice needs none of its own.

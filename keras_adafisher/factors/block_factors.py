@@ -2,6 +2,8 @@
 
 import math
 
+import keras
+
 from keras_adafisher import backend
 
 
@@ -103,31 +105,44 @@ class BlockFactors:
         factors as they are.
         """
         block = self.block
-        of_weight = of_bias = places_of_weight = places_of_bias = None
-        if block.has_operands_of_weight:
-            of_weight = self.operands_of_weight
-        if block.has_operands_of_bias:
-            of_bias = self.operands_of_bias
-        if block.has_plain_operands_of_weight:
-            places_of_weight = [
-                self.places[name] for name in ("activation", "gradient")
-            ]
-        if block.has_plain_operands_of_bias:
-            places_of_bias = [
-                self.places[name]
-                for name in ("bias_input", self._name_of_bias_gradient)
-            ]
-        terms = [
-            (
-                block.weight,
-                self.fisher_of_weight,
-                of_weight,
-                block.takes_slices,
-                places_of_weight,
-            ),
-            (block.bias, self.fisher_of_bias, of_bias, False, places_of_bias),
-        ]
-        return [term for term in terms if term[0] is not None]
+        terms = []
+        if block.weight is not None:
+            operands = places = None
+            if block.has_operands_of_weight:
+                operands = self.operands_of_weight
+                places = self._places_of_operands(
+                    block.operands_of_weight, "activation", "gradient"
+                )
+            terms.append(
+                (
+                    block.weight,
+                    self.fisher_of_weight,
+                    operands,
+                    block.takes_slices,
+                    places,
+                )
+            )
+        if block.bias is not None:
+            operands = places = None
+            if block.has_operands_of_bias:
+                operands = self.operands_of_bias
+                places = self._places_of_operands(
+                    block.operands_of_bias,
+                    "bias_input",
+                    self._name_of_bias_gradient,
+                )
+            terms.append(
+                (block.bias, self.fisher_of_bias, operands, False, places)
+            )
+        return terms
+
+    def _places_of_operands(self, operands_of, *names):
+        """The places of two factors, if a method returns them as they are."""
+        places = [self.places[name] for name in names]
+        factors = [keras.KerasTensor(shape, "float32") for _, shape in places]
+        operands = operands_of(*factors)
+        is_same = all(x is y for x, y in zip(operands, factors, strict=True))
+        return places if is_same else None
 
     def pair_of(self, parameter):
         """`H` and `S` of the block's weight or of its bias."""
@@ -196,8 +211,8 @@ class FisherDiagonal:
         factors_of_weight: List of the `BlockFactors` that the parameter is the
             weight of, so that its gradient may have to estimate them.
         takes_slices: Bool, whether it can be called with `cut`.
-        places: List of two pairs, where each of `operands()` begins in the
-            vector, and its shape. `None` if they aren't there as they are.
+        factor_places: List of two pairs, where each of `operands()` begins in
+            the vector, and its shape. `None` if they aren't there as they are.
         kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
@@ -207,12 +222,13 @@ class FisherDiagonal:
         self._operands = []
         self.factors_of_weight = []
         self.takes_slices = True
-        self.places = None
+        self.factor_places = None
         self.kept = None
 
     def add(self, function, operands, takes_slices, places):
         """Add what a block has: see `BlockFactors.terms`."""
-        self.places = None if self else places
+        # Of several blocks it is a sum.
+        self.factor_places = None if self._terms else places
         self._terms.append(function)
         self._operands.append(operands)
         self.takes_slices = self.takes_slices and takes_slices

@@ -124,7 +124,7 @@ class FactorStore:
                 segments.append((number, names))
                 lengths.append(self._size - start)
         self._segments = Segments(lengths)
-        self._find_relatives(blocks, [number for number, _ in segments], starts)
+        self._find_relatives(blocks, [n for n, _ in segments], starts)
         # Nothing is normalized together with the input that is always 1.
         self._is_bias_input = backend.constant(
             np.repeat(
@@ -145,38 +145,41 @@ class FactorStore:
         )
         return places
 
-    def _find_relatives(self, blocks, numbers, starts):
+    def _find_relatives(self, blocks, blocks_of_segments, starts):
         """Find what each segment has to know of others.
 
         Args:
             blocks: List of `Block`s.
-            numbers: List of ints, the number of each segment's block.
+            blocks_of_segments: List of ints, the number of each one's block.
             starts: List of ints, where the factors of each block begin, with
                 the number of its calls.
         """
         self._places_of_calls = backend.constant(
-            [starts[number] for number in numbers], "int32"
+            [starts[number] for number in blocks_of_segments], "int32"
         )
         of_blocks = [[] for _ in blocks]
         of_weights = collections.defaultdict(list)
-        for segment, number in enumerate(numbers):
+        for segment, number in enumerate(blocks_of_segments):
             of_blocks[number].append(segment)
         for block, (first, *_) in zip(blocks, of_blocks, strict=True):
             of_weights[id(block.parameters[0])].append(first)
         # The segments of a segment's block.
-        self._siblings = _padded([of_blocks[number] for number in numbers])
+        self._siblings = _padded([of_blocks[n] for n in blocks_of_segments])
         # The first segment of each block of its weight. `None` if no weight
         # has several.
         self._uses = None
         if len(of_weights) < len(blocks):
             self._uses = _padded(
-                [of_weights[id(blocks[n].parameters[0])] for n in numbers]
+                [
+                    of_weights[id(blocks[n].parameters[0])]
+                    for n in blocks_of_segments
+                ]
             )
         # The first segment of each block in one list of segments, and in a
         # second one behind it.
         firsts = np.array([first for first, *_ in of_blocks])
         self._places_of_records = backend.constant(
-            np.append(firsts, len(numbers) + firsts), "int32"
+            np.append(firsts, len(blocks_of_segments) + firsts), "int32"
         )
 
     def counts(self):
@@ -298,8 +301,8 @@ class FactorStore:
             stay as they were if its weight wasn't used, or if what it measured
             can't be sums of squares: not all of it is finite and positive.
         """
-        # For each segment those of its block. To find them for blocks and then
-        # repeat them takes a kernel more on JAX.
+        # The number of calls, once for each segment: to find it for blocks and
+        # repeat it takes a kernel more on JAX.
         calls = backend.take(answers, self._places_of_calls)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)

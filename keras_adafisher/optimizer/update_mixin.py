@@ -42,11 +42,14 @@ class UpdateMixin:
         if keras.distribution.distribution() is not None:
             # Pieces of what is split over devices don't fit together.
             is_joined[:] = False
-        joined, apart = np.flatnonzero(is_joined), np.flatnonzero(~is_joined)
-        # As `_joined_fishers` has them: products of two factors first.
-        joined = sorted(joined, key=lambda place: fishers[place].places is None)
+        apart = np.flatnonzero(~is_joined)
+        # Those that are products of two factors first.
+        joined = sorted(
+            np.flatnonzero(is_joined),
+            key=lambda place: fishers[place].factor_places is None,
+        )
         found = []
-        if len(joined):
+        if joined:
             squares = self._squares_of_quotients(
                 ops.concatenate(
                     [ops.reshape(gradients[place], (-1,)) for place in joined]
@@ -68,7 +71,7 @@ class UpdateMixin:
                 for place in apart
             ]
             found.append(ops.stack(sums) / sizes[apart].astype("float32"))
-        order = np.argsort(np.concatenate([joined, apart]))
+        order = np.argsort([*joined, *apart])
         return backend.take(ops.concatenate(found), order)
 
     def _squares_of_quotients(self, gradient, diagonal):
@@ -80,29 +83,30 @@ def _joined_fishers(fishers, shapes):
     """The entries of some Fisher diagonals in one vector.
 
     Args:
-        fishers: List of `FisherDiagonal`s, those that have `places` first.
+        fishers: List of `FisherDiagonal`s, those that have `factor_places`
+            first.
         shapes: List of the shapes of their parameters.
     """
     # Factors that are multiplied as they are, are read and multiplied together:
     # one by one, each shape would take a kernel.
-    places = [[], []]
+    indices = [[], []]
     others = []
     for fisher, shape in zip(fishers, shapes, strict=True):
-        if fisher.places is None:
+        if fisher.factor_places is None:
             others.append(ops.reshape(ops.broadcast_to(fisher(), shape), (-1,)))
             continue
         for found, (start, own_shape) in zip(
-            places, fisher.places, strict=True
+            indices, fisher.factor_places, strict=True
         ):
             entries = start + np.arange(math.prod(own_shape))
             entries = np.broadcast_to(entries.reshape(own_shape), shape)
             found.append(entries.ravel())
-    if not places[0]:
+    if len(others) == len(fishers):
         return ops.concatenate(others)
     vector = ops.convert_to_tensor(fishers[0].vector)
     first, second = (
         backend.take(vector, backend.constant(np.concatenate(found), "int32"))
-        for found in places
+        for found in indices
     )
     return ops.concatenate([ops.multiply(first, second), *others])
 

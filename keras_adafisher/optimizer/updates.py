@@ -407,8 +407,12 @@ class Updates:
                 decay = ops.cast(self.adam_beta_2, dtype)
                 rate = rate * ops.sqrt(1 - ops.power(decay, step))
             elif self._mean_squares is not None:
+                # Divided by what corrects the momentum, all that is one number
+                # for all parameters is found in one kernel.
                 roots = self._mean_squares.roots(
-                    self.iterations, self.adam_epsilon, rate
+                    self.iterations,
+                    self.adam_epsilon,
+                    ops.cast(rate, "float32"),
                 )
                 rate = backend.entries(1 / ops.cast(roots, dtype))
             made[key] = rate

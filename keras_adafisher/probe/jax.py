@@ -6,8 +6,8 @@ from jax.interpreters.ad import JVPTracer
 from keras import ops
 
 from keras_adafisher.backend import constrain_layout
+from keras_adafisher.backend.jax import nearly_zeros
 from keras_adafisher.probe.probe import Probe
-from keras_adafisher.steps.jax import nearly_zeros
 
 
 class JaxProbe(Probe):
@@ -29,14 +29,19 @@ class JaxProbe(Probe):
             parts = [self.one_call(first), first, *self.gradient_parts(s)]
             return constrain_layout(self._join(parts), self.variable)
 
-        # In the forward pass: the backward pass may have another form of `h`
-        # only, and needn't keep this one alive. Joined and scaled they are in
-        # the backward pass, which takes a kernel for it anyway.
+        # The mean squares of `h` are taken in the forward pass: the backward
+        # pass may have another form of `h` only, and needn't keep this one
+        # alive. They are joined with those of `s` and scaled in the backward
+        # pass, where that takes a kernel anyway.
         if request is True:
             first = activations()
         else:
             zeros = nearly_zeros(self.sizes[1])
-            first = jax.lax.cond(request, activations, lambda: zeros)
+            first = jax.lax.cond(
+                request,
+                activations,
+                lambda: constrain_layout(zeros, self.variable),
+            )
 
         @jax.custom_vjp
         def identity(z, vector, first, request):

@@ -257,7 +257,7 @@ class Probe:
             self.block.activation_shape,
             self.block.parameters[:1],
         )
-        return backend.reshape(statistic, (-1,))
+        return _flat(statistic)
 
     @staticmethod
     def one_call(x):
@@ -277,9 +277,7 @@ class Probe:
             self.block.parameters[: 2 if shares_gradient else 1],
         )
         parts = self.block.split_gradient(statistic)
-        return [
-            backend.reshape(part, (-1,)) for part in parts if part is not None
-        ]
+        return [_flat(part) for part in parts if part is not None]
 
     def _join(self, parts):
         # Whole on each device, one by one: pieces of split parts don't fit
@@ -309,3 +307,8 @@ class Probe:
             activation.reshape(self.block.activation_shape),
             gradient[: self.sizes[2]].reshape(self.block.gradient_shape),
         )
+
+
+def _flat(statistic):
+    # Somebody else's block may return another dtype than ours.
+    return backend.reshape(ops.cast(statistic, "float32"), (-1,))

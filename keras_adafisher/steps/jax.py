@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import keras
-import numpy as np
 
 from keras_adafisher.backend import constrain_layout
+from keras_adafisher.backend.jax import nearly_zeros
 
 
 def run(make_step, inner, optimizers, function, args, kwargs, once):
@@ -176,20 +176,6 @@ class _State:
                 ),
             )
         return results
-
-
-def nearly_zeros(shape):
-    """A constant that is as good as zeros.
-
-    Of one whose entries are all equal, XLA makes a kernel that fills memory,
-    one more to compile for each size. Others are in the program.
-
-    Args:
-        shape: Int or tuple of one int.
-    """
-    values = np.zeros(shape, "float32")
-    values[:1] = np.finfo("float32").tiny
-    return values
 
 
 def _is_probe(variable):

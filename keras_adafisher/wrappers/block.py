@@ -77,7 +77,9 @@ class Block:
         They are those that belong to a slice of the weight's first axis. Then
         large weights are updated in parts, and take less memory.
         """
-        return self.has_plain_operands_of_weight
+        cls = type(self)
+        has_own = cls.operands_of_weight is not Block.operands_of_weight
+        return self.has_operands_of_weight and not has_own
 
     @property
     def has_operands_of_weight(self) -> bool:
@@ -88,20 +90,6 @@ class Block:
     def has_operands_of_bias(self) -> bool:
         """Whether `fisher_of_bias` is the product of two tensors."""
         return type(self).fisher_of_bias is Block.fisher_of_bias
-
-    @property
-    def has_plain_operands_of_weight(self) -> bool:
-        """Whether `fisher_of_weight` is `H` times `S`, as they are."""
-        cls = type(self)
-        has_own = cls.operands_of_weight is not Block.operands_of_weight
-        return self.has_operands_of_weight and not has_own
-
-    @property
-    def has_plain_operands_of_bias(self) -> bool:
-        """Whether `fisher_of_bias` is 1's factor times `S`, as they are."""
-        cls = type(self)
-        has_own = cls.operands_of_bias is not Block.operands_of_bias
-        return self.has_operands_of_bias and not has_own
 
     def matrix_view(self) -> MatrixView | None:
         """How the weight is a matrix, or several: inputs by outputs.

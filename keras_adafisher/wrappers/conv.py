@@ -72,14 +72,6 @@ class ConvBlock(Block):
         self.epsilon_scale = math.prod(self.activation_shape[:-1])
         self.gradient_shape = (filters,)
 
-    @property
-    def has_plain_operands_of_weight(self) -> bool:
-        has_own = (
-            type(self).operands_of_weight is not ConvBlock.operands_of_weight
-        )
-        is_product = self.has_operands_of_weight and not has_own
-        return self.groups == 1 and is_product
-
     def matrix_view(self) -> MatrixView:
         # Filters are ordered by group.
         *inputs, groups = self.activation_shape
