@@ -73,7 +73,7 @@ test-models: $(VENV)/.test
 	done
 
 # Tests that take long: 60 times as many random layers and models, ten processes
-# that are killed, 20,000 steps. An hour.
+# that are killed, two workers bit for bit, 20,000 steps. An hour.
 test-long: export ADAFISHER_CASES ?= 6000
 # As users run it.
 test-long: export JAX_DISABLE_MOST_OPTIMIZATIONS = 0
@@ -85,7 +85,8 @@ test-long: $(VENV)/.test
 	  echo "== Long tests with the $$backend backend"; \
 	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet \
 	    $(PYTEST_ARGS) -m "not once" tests/test_decision_scope.py \
-	    tests/test_examples.py tests/test_faults.py \
+	    tests/test_distributed_$$backend.py tests/test_examples.py \
+	    tests/test_faults.py \
 	    tests/test_long_run.py tests/test_properties.py || exit 1; \
 	done
 

@@ -513,8 +513,8 @@ MUTATIONS = [
     ),
     Mutation(
         BLOCK,
-        "self.factor_places = None if self._terms else places",
-        "self.factor_places = places",
+        "if len(self._places) > 1 or self._places[0] is None:",
+        "if self._places[0] is None:",
         "test_mean_squares",
         backend="jax",
     ),

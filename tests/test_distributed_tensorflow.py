@@ -7,6 +7,7 @@ process show is in `test_mirrored_strategy.py`.
 import json
 
 import numpy as np
+import pytest
 from processes import differences
 from processes import run
 
@@ -38,8 +39,23 @@ def test_mirrored_example_with_four_replicas():
     assert max(differences(output)) <= 5e-6
 
 
-def test_two_workers_and_a_crash(tmp_path):
+def check_a_crash(folder):
     """The second of two workers is killed at step 25, in the second epoch."""
+    output = run(
+        "examples/distributed/tensorflow_multi_worker.py",
+        "--kill-at-step=25",
+        f"--output={folder}/restarted.npz",
+    )
+    assert "Worker 1 is killed at step 25" in output
+    assert max(differences(output)) <= 5e-6
+
+
+def test_two_workers_and_a_crash(tmp_path):
+    check_a_crash(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_workers_with_and_without_a_crash(tmp_path):
     output = run("tests/distributed/tensorflow_workers.py", str(tmp_path))
     result = json.loads(output.splitlines()[-1])
     assert result["difference"] <= 5e-6
@@ -47,13 +63,7 @@ def test_two_workers_and_a_crash(tmp_path):
     # If it doesn't any more, the example can do without its own loop.
     assert result["keras_fit_fails"]
 
-    output = run(
-        "examples/distributed/tensorflow_multi_worker.py",
-        "--kill-at-step=25",
-        f"--output={tmp_path}/restarted.npz",
-    )
-    assert "Worker 1 is killed at step 25" in output
-    assert max(differences(output)) <= 5e-6
+    check_a_crash(tmp_path)
     # Bit for bit what the workers that nobody killed had in the end.
     restarted, *undisturbed = (
         np.load(tmp_path / f"{name}.npz")

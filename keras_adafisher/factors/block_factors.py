@@ -1,5 +1,6 @@
 """The factors of one block, and the Fisher diagonal of one parameter."""
 
+import functools
 import math
 
 import keras
@@ -101,8 +102,8 @@ class BlockFactors:
 
         A parameter, a function for the diagonal, one for the two tensors whose
         product it is, `None` if it is none, a bool, whether both can be called
-        with `cut`, and the `places` of the two tensors, `None` unless they are
-        factors as they are.
+        with `cut`, and one for the `places` of the two tensors, which returns
+        `None` unless they are factors as they are.
         """
         block = self.block
         terms = []
@@ -110,8 +111,11 @@ class BlockFactors:
             operands = places = None
             if block.has_operands_of_weight:
                 operands = self.operands_of_weight
-                places = self._places_of_operands(
-                    block.operands_of_weight, "activation", "gradient"
+                places = functools.partial(
+                    self._places_of_operands,
+                    block.operands_of_weight,
+                    "activation",
+                    "gradient",
                 )
             terms.append(
                 (
@@ -126,7 +130,8 @@ class BlockFactors:
             operands = places = None
             if block.has_operands_of_bias:
                 operands = self.operands_of_bias
-                places = self._places_of_operands(
+                places = functools.partial(
+                    self._places_of_operands,
                     block.operands_of_bias,
                     "bias_input",
                     self._name_of_bias_gradient,
@@ -211,8 +216,6 @@ class FisherDiagonal:
         factors_of_weight: List of the `BlockFactors` that the parameter is the
             weight of, so that its gradient may have to estimate them.
         takes_slices: Bool, whether it can be called with `cut`.
-        factor_places: List of two pairs, where each of `operands()` begins in
-            the vector, and its shape. `None` if they aren't there as they are.
         kept: On PyTorch, what `operands()` returned, and for which tensor.
     """
 
@@ -222,13 +225,12 @@ class FisherDiagonal:
         self._operands = []
         self.factors_of_weight = []
         self.takes_slices = True
-        self.factor_places = None
+        self._places = []
         self.kept = None
 
     def add(self, function, operands, takes_slices, places):
         """Add what a block has: see `BlockFactors.terms`."""
-        # Of several blocks it is a sum.
-        self.factor_places = None if self._terms else places
+        self._places.append(places)
         self._terms.append(function)
         self._operands.append(operands)
         self.takes_slices = self.takes_slices and takes_slices
@@ -246,6 +248,18 @@ class FisherDiagonal:
             term() if cut is None else term(cut) for term in self._terms
         )
         return sum(others, start=first)
+
+    @functools.cached_property
+    def factor_places(self):
+        """Where each of `operands()` begins in the vector, and its shape.
+
+        Two pairs. `None` if the operands aren't there as they are. Read on JAX
+        only.
+        """
+        # Of several blocks it is a sum.
+        if len(self._places) > 1 or self._places[0] is None:
+            return None
+        return self._places[0]()
 
     def operands(self, cut=None):
         """The two tensors whose product it is. `None` if it is none.
