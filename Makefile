@@ -24,6 +24,7 @@ test-%: export TF_NUM_INTRAOP_THREADS ?= 1
 # JAX' tests spend most of their time on compiling. They need neither LLVM's
 # optimizations, which are a third of it, nor the code generator in front of
 # them, MLIR's, which takes half of what is left then. `make test-long` has both.
+# A JAX that doesn't know the flag says so and stops: `make test XLA_FLAGS=`.
 test-%: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test-jax test-once: export XLA_FLAGS ?= --xla_cpu_use_fusion_emitters=false
 
