@@ -513,8 +513,8 @@ MUTATIONS = [
     ),
     Mutation(
         BLOCK,
-        "if len(self._places) > 1 or self._places[0] is None:",
-        "if self._places[0] is None:",
+        "self._operands = None if self._terms else operands",
+        "self._operands = operands",
         "test_mean_squares",
         backend="jax",
     ),

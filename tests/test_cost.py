@@ -276,21 +276,33 @@ def test_a_compiled_step_copies_no_parameter(rule):
     assert "copy" not in made
 
 
+def count_kernels(optimizer, shape, layers):
+    """How many different kernels XLA compiles for a step of some layers."""
+    from benchmarks.jax_program import compiled_step
+    from benchmarks.jax_program import distinct_kernels
+
+    model = keras.Sequential([keras.Input(shape), *layers])
+    model.compile(optimizer=optimizer, loss="mse")
+    x = np.ones((BATCH, *shape))
+    y = np.ones((BATCH, *model.output_shape[1:]))
+    return distinct_kernels(compiled_step(model, x, y).as_text())
+
+
+def is_without_library():
+    """Whether XLA is older than its library for sums of squares."""
+    import jax
+
+    return tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
+
+
 @ANALYZED
 @pytest.mark.parametrize("rule", [{}, PLAIN], ids=["default", "published"])
 def test_few_kernels_are_compiled(rule, record_property):
     """Compiling is most of the first step, and kernels most of compiling."""
-    import jax
-
-    from benchmarks.jax_program import compiled_step
-    from benchmarks.jax_program import distinct_kernels
 
     def count(optimizer, sizes):
         layers = [keras.layers.Dense(size, "tanh") for size in sizes]
-        model = keras.Sequential([keras.Input((7,)), *layers])
-        model.compile(optimizer=optimizer, loss="mse")
-        x, y = np.ones((BATCH, 7)), np.ones((BATCH, sizes[-1]))
-        return distinct_kernels(compiled_step(model, x, y).as_text())
+        return count_kernels(optimizer, (7,), layers)
 
     widths = range(9, 17)
     adam = count(keras.optimizers.Adam(), widths)
@@ -312,28 +324,18 @@ def test_few_kernels_are_compiled(rule, record_property):
     # join an answer and, where a condition is around each tap, to make `H` in
     # the forward pass and to read factors in the update. Before XLA had a
     # library for sums of squares, so did the two of them.
-    is_old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
-    per_width = (3 if rule == {} else 2) + (2 if is_old else 0)
+    per_width = (3 if rule == {} else 2) + (2 if is_without_library() else 0)
     assert adafisher - adam <= 8 * per_width
 
 
 @ANALYZED
 def test_few_kernels_are_compiled_for_convolutions(record_property):
-    import jax
-
-    from benchmarks.jax_program import compiled_step
-    from benchmarks.jax_program import distinct_kernels
-
     def count(optimizer, widths):
         layers = [
             keras.layers.Conv2D(width, 3, activation="tanh", padding="same")
             for width in widths
         ]
-        model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
-        model.compile(optimizer=optimizer, loss="mse")
-        x = np.ones((2, 8, 8, 3))
-        y = np.ones((2, 8, 8, widths[-1]))
-        return distinct_kernels(compiled_step(model, x, y).as_text())
+        return count_kernels(optimizer, (8, 8, 3), layers)
 
     def more(widths):
         adam = count(keras.optimizers.Adam(), widths)
@@ -341,8 +343,7 @@ def test_few_kernels_are_compiled_for_convolutions(record_property):
 
     few, many = more([5, 6, 7]), more([5, 6, 7, 9, 10, 11])
     record_property("figure", f"kernels more: {few} for 3 widths, {many} for 6")
-    is_old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10)
-    assert many - few <= 3 * (6 if is_old else 3)
+    assert many - few <= 3 * (6 if is_without_library() else 3)
 
 
 @pytest.mark.skipif(

@@ -135,7 +135,6 @@ def tied_embedding():
 @pytest.mark.parametrize("make_model", [layers, tied_embedding])
 def test_the_first_step(make_model, rng):
     """It is `g / F`, divided by its root mean square and bounded by 1."""
-    keras.utils.set_random_seed(0)
     plain = make_model()
     model = make_model()
     before = plain.get_weights()

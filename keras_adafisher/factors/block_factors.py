@@ -102,44 +102,37 @@ class BlockFactors:
 
         A parameter, a function for the diagonal, one for the two tensors whose
         product it is, `None` if it is none, a bool, whether both can be called
-        with `cut`, and one for the `places` of the two tensors, which returns
-        `None` unless they are factors as they are.
+        with `cut`, and a function for `FisherDiagonal.factor_places`.
         """
         block = self.block
-        terms = []
-        if block.weight is not None:
-            operands = places = None
-            if block.has_operands_of_weight:
-                operands = self.operands_of_weight
-                places = functools.partial(
-                    self._places_of_operands,
-                    block.operands_of_weight,
-                    "activation",
-                    "gradient",
-                )
-            terms.append(
-                (
-                    block.weight,
-                    self.fisher_of_weight,
-                    operands,
-                    block.takes_slices,
-                    places,
-                )
-            )
-        if block.bias is not None:
-            operands = places = None
-            if block.has_operands_of_bias:
-                operands = self.operands_of_bias
-                places = functools.partial(
-                    self._places_of_operands,
-                    block.operands_of_bias,
-                    "bias_input",
-                    self._name_of_bias_gradient,
-                )
-            terms.append(
-                (block.bias, self.fisher_of_bias, operands, False, places)
-            )
-        return terms
+        of_weight = of_bias = None
+        if block.has_operands_of_weight:
+            of_weight = self.operands_of_weight
+        if block.has_operands_of_bias:
+            of_bias = self.operands_of_bias
+        places_of_weight = functools.partial(
+            self._places_of_operands,
+            block.operands_of_weight,
+            "activation",
+            "gradient",
+        )
+        places_of_bias = functools.partial(
+            self._places_of_operands,
+            block.operands_of_bias,
+            "bias_input",
+            self._name_of_bias_gradient,
+        )
+        terms = [
+            (
+                block.weight,
+                self.fisher_of_weight,
+                of_weight,
+                block.takes_slices,
+                places_of_weight,
+            ),
+            (block.bias, self.fisher_of_bias, of_bias, False, places_of_bias),
+        ]
+        return [term for term in terms if term[0] is not None]
 
     def _places_of_operands(self, operands_of, *names):
         """The places of two factors, if a method returns them as they are."""
@@ -222,17 +215,17 @@ class FisherDiagonal:
     def __init__(self, vector):
         self.vector = vector
         self._terms = []
-        self._operands = []
+        self._operands = self._places = None
         self.factors_of_weight = []
         self.takes_slices = True
-        self._places = []
         self.kept = None
 
     def add(self, function, operands, takes_slices, places):
         """Add what a block has: see `BlockFactors.terms`."""
-        self._places.append(places)
+        # Those of the only term. A sum has none.
+        self._operands = None if self._terms else operands
+        self._places = places
         self._terms.append(function)
-        self._operands.append(operands)
         self.takes_slices = self.takes_slices and takes_slices
 
     def __bool__(self):
@@ -256,10 +249,7 @@ class FisherDiagonal:
         Two pairs. `None` if the operands aren't there as they are. Read on JAX
         only.
         """
-        # Of several blocks it is a sum.
-        if len(self._places) > 1 or self._places[0] is None:
-            return None
-        return self._places[0]()
+        return None if self._operands is None else self._places()
 
     def operands(self, cut=None):
         """The two tensors whose product it is. `None` if it is none.
@@ -267,10 +257,9 @@ class FisherDiagonal:
         Args:
             cut: See `__call__`.
         """
-        if len(self._operands) > 1 or self._operands[0] is None:
+        if self._operands is None:
             return None
-        (operands,) = self._operands
-        return operands() if cut is None else operands(cut)
+        return self._operands() if cut is None else self._operands(cut)
 
 
 def _part(vector, start, shape, variable):
