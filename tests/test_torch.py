@@ -4,6 +4,8 @@ Every wait goes through one of a few methods of `torch.Tensor`, so counting
 their calls shows on a CPU what would happen on a GPU.
 """
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -370,8 +372,9 @@ def backward(model, loss_fn, x, y):
     loss_fn(y, model(x, training=True)).backward()
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("value", [1.0, float("nan")])
-def test_a_step_that_is_skipped_leaves_nothing_behind(value):
+def test_a_step_that_is_skipped_leaves_nothing_behind(value, set_to_none):
     """Once `zero_grad()` has cleared what it did to the weights."""
     x, y = map(torch.from_numpy, image_data(examples=8))
     diagonals = []
@@ -387,7 +390,7 @@ def test_a_step_that_is_skipped_leaves_nothing_behind(value):
         model.layers[1].trainable = False
         if skips:
             backward(model, cross_entropy(), value * x.flip(0) ** 2, y)
-            model.zero_grad()
+            model.zero_grad(set_to_none=set_to_none)
         backward(model, cross_entropy(), x, y)
         apply(model, optimizer)
         diagonals.append(optimizer.preconditioner(model.layers[-1].kernel))
@@ -496,7 +499,16 @@ def test_names_of_pytorch_that_are_not_public():
     assert True in numbers
 
 
-def test_the_parallel_module_whose_forward_runs():
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_parallel_module_whose_forward_runs(one_process):
     """Private to PyTorch: the processes that a model trains with."""
     seen = []
 
@@ -510,16 +522,49 @@ def test_the_parallel_module_whose_forward_runs():
             seen.append(active._active_ddp_module)
             return x * self.weight
 
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        parallel = torch.nn.parallel.DistributedDataParallel(Module())
-        parallel(torch.ones(1))
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = torch.nn.parallel.DistributedDataParallel(Module())
+    parallel(torch.ones(1))
     assert seen == [parallel]
     assert parallel.process_group is not None
+
+
+def test_processes_that_join_are_refused(one_process):
+    """The others would wait for ever for what these don't measure."""
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    model = cnn()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build(model.trainable_variables)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    with parallel.join():
+        with torch.no_grad():
+            parallel(x)
+        with pytest.raises(RuntimeError, match="can't measure its Kronecker"):
+            parallel(x, training=True)
+    # In others, it goes by as many batches as all have.
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    backward(parallel, cross_entropy(), x, y)
+    apply(model, optimizer)
+    assert int(optimizer.iterations) == 1
+
+
+def test_processes_that_are_no_parallel_module_are_told(
+    one_process, monkeypatch
+):
+    x, y = map(torch.from_numpy, image_data(examples=8))
+    model = cnn()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    optimizer.build(model.trainable_variables)
+    with warnings.catch_warnings():
+        # A group of one process is alone.
+        warnings.simplefilter("error")
+        backward(model, cross_entropy(), x, y)
+        apply(model, optimizer)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    backward(model, cross_entropy(), x, y)
+    with pytest.warns(UserWarning, match="There are 3 processes"):
+        apply(model, optimizer)
 
 
 @pytest.mark.parametrize("axis", [(0,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])

@@ -183,3 +183,33 @@ def test_stateless_calls_leave_their_arguments_alone():
             )
     assert all(map(torch.equal, copies, (*values, *state)))
     assert not torch.equal(new_values[0], values[0])
+
+
+@pytest.mark.parametrize("kind", ["double", "half"])
+def test_a_model_that_pytorch_has_cast(kind):
+    """What an optimizer keeps has the dtype that Keras knows of."""
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    ends = []
+    for cast in (None, kind):
+        for make in (
+            keras_adafisher.AdaFisher,
+            keras_adafisher.AdaFisher.as_published,
+            keras_adafisher.AdaFisherMuon,
+        ):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential(
+                [
+                    keras.Input((6,)),
+                    keras.layers.Dense(5, activation="relu"),
+                    keras.layers.LayerNormalization(),
+                    keras.layers.Dense(2),
+                ]
+            )
+            if cast:
+                getattr(model, cast)()
+            model.compile(make(learning_rate=0.01), loss="mse")
+            model.fit(x, x[:, :2], batch_size=4, epochs=3, verbose=0)
+            ends.append([w.astype("float32") for w in model.get_weights()])
+    for before, after in zip(ends[:3], ends[3:], strict=True):
+        for old, new in zip(before, after, strict=True):
+            np.testing.assert_allclose(new, old, atol=2e-2)

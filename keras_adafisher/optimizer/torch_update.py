@@ -62,11 +62,15 @@ class TorchUpdateMixin:
             )
             return
         with torch.no_grad():
+            indices = [
+                self._get_variable_index(variable)
+                for variable in trainable_variables
+            ]
+            # As the momentums: `model.double()` changes only what is PyTorch's
+            # of a variable.
             grads = [
-                _to_tensor(gradient, variable.value.dtype)
-                for gradient, variable in zip(
-                    grads, trainable_variables, strict=True
-                )
+                _to_tensor(gradient, self._momentums[index].value.dtype)
+                for index, gradient in zip(indices, grads, strict=True)
             ]
             self._prepare_updates(grads, trainable_variables)
             if self._mean_squares is not None:
@@ -77,10 +81,9 @@ class TorchUpdateMixin:
                 learning_rate = ops.convert_to_tensor(learning_rate)
             # Lists of one dtype on one device are what is fast.
             groups = collections.defaultdict(list)
-            for gradient, variable in zip(
-                grads, trainable_variables, strict=True
+            for index, gradient, variable in zip(
+                indices, grads, trainable_variables, strict=True
             ):
-                index = self._get_variable_index(variable)
                 value = variable.value
                 has_direction = index in self._update.directions
                 is_factored = bool(self._fishers[index])

@@ -11,6 +11,7 @@ measure has no taps at all.
 
 import contextlib
 import threading
+import warnings
 
 import torch
 from keras import ops
@@ -75,15 +76,20 @@ class TorchProbe(Probe):
     def identity(self, z, h, request):
         # On the "meta" device, Keras infers shapes. There is nothing to
         # measure.
-        if z.is_meta or not torch.is_grad_enabled() or _is_transformed():
+        if z.is_meta or _is_transformed():
             return z
-        h = ops.convert_to_tensor(h)
         # What probes measure is summed up in `sum_over_replicas`. No public
-        # name tells which processes take part. Keep it if a checkpoint runs the
-        # layer once more in the backward pass.
+        # name tells which processes take part. A checkpoint runs the layer
+        # twice: here, maybe without gradients, and in the backward pass, where
+        # no module is active.
         active = DistributedDataParallel._active_ddp_module
         if active is not None:
             self.process_group = active.process_group
+        if not torch.is_grad_enabled():
+            return z
+        if active is not None:
+            _check_not_joining(active)
+        h = ops.convert_to_tensor(h)
         differentiates = getattr(_here, "differentiates", False)
         if torch.compiler.is_compiling() or differentiates:
             with torch.no_grad():
@@ -129,17 +135,27 @@ class TorchProbe(Probe):
         # another.
         now = torch._C._current_graph_task_id()
         last, earlier = self.answer or (now, None)
-        # Gradients add up until somebody clears them. `zero_grad()` doesn't
-        # know a probe. But if it has cleared those of the parameters, for
-        # instance after a step that was skipped, then what an earlier pass has
-        # left here is outdated too.
-        if last != now and all(
-            p.value.grad is None for p in self.block.parameters
-        ):
-            earlier = None
+        if earlier is not None and last != now:
+            earlier = self._unless_cleared(earlier)
         if earlier is not None:
             parts = [torch.cat(earlier) + torch.cat(parts)]
         self.answer = now, parts
+
+    def _unless_cleared(self, earlier):
+        """What earlier passes have left here, if it still counts.
+
+        Gradients add up until somebody clears them. `zero_grad()` doesn't know
+        a probe. But if it has cleared those of the parameters, for instance
+        after a step that was skipped, then an earlier answer is outdated too.
+        """
+        gradients = [p.value.grad for p in self.block.parameters]
+        gradients = [g for g in gradients if g is not None]
+        if not gradients:
+            return None
+        # `zero_grad(set_to_none=False)` leaves zeros. Reading them would make
+        # the host wait for the device.
+        is_kept = torch.stack([g.any() for g in gradients]).any()
+        return [torch.where(is_kept, part, 0.0) for part in earlier]
 
     @staticmethod
     def join(answers):
@@ -152,6 +168,7 @@ class TorchProbe(Probe):
     def sum_over_replicas(probes, answers, wanted):
         group = next((p.process_group for p in probes if p.process_group), None)
         if group is None:
+            _warn_of_processes()
             return answers
         # One transfer for all.
         sizes = [probe.size for probe in probes]
@@ -187,6 +204,43 @@ def _is_transformed():
         return True
     # No public name tells. `torch.autograd.Function` asks in the same way.
     return torch._C._are_functorch_transforms_active()
+
+
+def _check_not_joining(module):
+    """Refuse what would wait for other processes for ever.
+
+    Args:
+        module: The `DistributedDataParallel` that runs.
+    """
+    # Not public. A process that has run out of batches answers the transfers of
+    # the module, and nobody answers those of what probes measure.
+    if module._join_config.enable:
+        raise RuntimeError(
+            "AdaFisher can't measure its Kronecker factors in "
+            "`DistributedDataParallel.join()`, since a process that has joined "
+            "doesn't measure any more. Give all processes as many batches, as "
+            "`torch.utils.data.DistributedSampler(..., drop_last=True)` does, "
+            "and train without `join()`."
+        )
+
+
+def _warn_of_processes():
+    """Warn who may average gradients, but not what is measured."""
+    if not torch.distributed.is_available():
+        return
+    if not torch.distributed.is_initialized():
+        return
+    count = torch.distributed.get_world_size()
+    if count > 1:
+        # Once: the filters of `warnings` know where it comes from.
+        warnings.warn(
+            f"There are {count} processes, but the model wasn't called through "
+            "`torch.nn.parallel.DistributedDataParallel`. So AdaFisher "
+            "measures Kronecker factors of this process' batches only. If "
+            "processes average their gradients by other means, their weights "
+            "will differ. If each trains a model of its own, all is well.",
+            stacklevel=2,
+        )
 
 
 class _Tap(torch.autograd.Function):

@@ -5,6 +5,7 @@ Run by `test_distributed_torch.py` with torchrun. Prints one line of JSON.
 
 import collections
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -30,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 
 import keras_adafisher
 
@@ -64,11 +66,24 @@ def recurrent():
     )
 
 
+class Checkpointed(torch.nn.Module):
+    """A model whose layers run without gradients first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs, training):
+        run = functools.partial(self.model, training=training)
+        return checkpoint(run, inputs.requires_grad_(), use_reentrant=True)
+
+
 def train(
     parallel,
     make_model=cnn,
     optimizer=None,
     wrap_first=True,
+    is_checkpointed=False,
     micro_batches=1,
     steps=STEPS,
     seed=3,
@@ -79,11 +94,11 @@ def train(
     if optimizer is None:
         optimizer = keras_adafisher.AdaFisher(factor_update_steps=2)
     is_ours = isinstance(optimizer, keras_adafisher.AdaFisher)
-    forward = model
+    forward = Checkpointed(model) if is_checkpointed else model
     if is_ours and wrap_first:
         keras_adafisher.wrap(model)
     if parallel:
-        forward = DistributedDataParallel(model)
+        forward = DistributedDataParallel(forward)
     if is_ours and not wrap_first:
         keras_adafisher.wrap(model)
     optimizer.build(model.trainable_variables)
@@ -146,6 +161,9 @@ def main():
 
     late, *_ = train(True, wrap_first=False)
     result["difference_wrapped_after"] = difference(late, one)
+
+    again, *_ = train(True, is_checkpointed=True)
+    result["difference_checkpointed"] = difference(again, one)
 
     micro, *_ = train(True, micro_batches=4)
     result["difference_no_sync"] = difference(micro, one)
