@@ -21,6 +21,12 @@ from models import weights
 import keras_adafisher
 
 BACKEND = keras.backend.backend()
+if BACKEND == "jax":
+    import jax
+elif BACKEND == "tensorflow":
+    import tensorflow
+else:
+    import torch
 HAS_PROBES_IN_LISTS = BACKEND != "torch"
 LISTS = [
     "variables",
@@ -112,10 +118,160 @@ def test_in_a_step_probes_are_behind_what_is_trained():
         of_model + 2 * probes,
         of_model + 2 * probes,
         of_model,
-        of_layer + probes,
-        of_layer + probes,
+        # A part of what the optimizer trains.
+        of_layer,
+        of_layer,
         of_layer,
     ]
+
+
+class Parts(keras.Model):
+    """Two models in one, whose step tells their weights by their number."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.front, self.head = (
+            keras.Sequential([keras.Input((8,)), *map(keras.layers.Dense, n)])
+            for n in ((5, 8), (4, 1))
+        )
+
+    def call(self, inputs, training=None):
+        return self.head(self.front(inputs, training=training))
+
+    def only_head(self, gradients):
+        count = len(self.front.trainable_variables)
+        return [
+            *(0.0 * gradient for gradient in gradients[:count]),
+            *gradients[count:],
+        ]
+
+
+class FrozenFront(Parts):
+    if BACKEND == "jax":
+
+        def train_step(self, state, batch):
+            trainable, other, optimizer, metrics = state
+            x, y, *_ = batch
+
+            def loss_of(trainable):
+                z, _ = self.stateless_call(trainable, other, x, training=True)
+                return ops.mean(ops.square(z - y))
+
+            loss, gradients = jax.value_and_grad(loss_of)(trainable)
+            trainable, optimizer = self.optimizer.stateless_apply(
+                optimizer, self.only_head(gradients), trainable
+            )
+            return {"mse": loss}, (trainable, other, optimizer, metrics)
+
+    elif BACKEND == "tensorflow":
+
+        def train_step(self, batch):
+            x, y, *_ = batch
+            with tensorflow.GradientTape() as tape:
+                loss = ops.mean(ops.square(self(x, training=True) - y))
+            variables = self.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            self.optimizer.apply(self.only_head(gradients), variables)
+            return {"mse": loss}
+
+    else:
+
+        def train_step(self, batch):
+            x, y, *_ = batch
+            self.zero_grad()
+            ops.mean(ops.square(self(x, training=True) - y)).backward()
+            variables = self.trainable_variables
+            gradients = [v.value.grad for v in variables]
+            with torch.no_grad():
+                self.optimizer.apply(self.only_head(gradients), variables)
+            return {}
+
+
+def test_a_step_may_tell_weights_by_the_lengths_of_lists():
+    model = FrozenFront()
+    x, y = data()
+    model(x)
+    model.compile(keras_adafisher.AdaFisher())
+    before = model.get_weights()
+    model.fit(x, y, epochs=3, verbose=0)
+    is_moved = [
+        np.any(old != new)
+        for old, new in zip(before, model.get_weights(), strict=True)
+    ]
+    assert is_moved == [False] * 4 + [True] * 4
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows[4:]} == {"measured"}
+
+
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no stateless steps"
+)
+def test_a_step_may_call_parts_with_their_weights():
+    """What they report isn't in the model's list. It is estimated then."""
+
+    class CallsParts(Parts):
+        def train_step(self, state, batch):
+            trainable, other, optimizer, metrics = state
+            x, y, *_ = batch
+            count = len(self.front.trainable_variables)
+
+            def loss_of(trainable):
+                z, _ = self.front.stateless_call(trainable[:count], [], x)
+                z, _ = self.head.stateless_call(trainable[count:], [], z)
+                return ops.mean(ops.square(z - y))
+
+            loss, gradients = jax.value_and_grad(loss_of)(trainable)
+            trainable, optimizer = self.optimizer.stateless_apply(
+                optimizer, gradients, trainable
+            )
+            return {"mse": loss}, (trainable, other, optimizer, metrics)
+
+    model = CallsParts()
+    x, y = data()
+    model(x)
+    model.compile(keras_adafisher.AdaFisher(1e-2))
+    before = model.get_weights()
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        model.fit(x, y, epochs=3, verbose=0)
+    assert all(
+        np.any(old != new)
+        for old, new in zip(before, model.get_weights(), strict=True)
+    )
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"estimated"}
+
+
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no stateless steps"
+)
+def test_a_step_may_call_the_model_with_averages_of_its_weights():
+    """As a mean teacher does, or BYOL."""
+
+    class Teacher(Parts):
+        def train_step(self, state, batch):
+            trainable, other, optimizer, metrics = state
+            x, y, *_ = batch
+            # As long as the plain list, and nothing else is like it.
+            averages = [0.5 * w for w in trainable[:8]]
+            target, _ = self.stateless_call(averages, other, x)
+
+            def loss_of(trainable):
+                z, _ = self.stateless_call(trainable, other, x, training=True)
+                return ops.mean(ops.square(z - y - target))
+
+            loss, gradients = jax.value_and_grad(loss_of)(trainable)
+            trainable, optimizer = self.optimizer.stateless_apply(
+                optimizer, gradients, trainable
+            )
+            return {"mse": loss}, (trainable, other, optimizer, metrics)
+
+    model = Teacher()
+    x, y = data()
+    model(x)
+    model.compile(keras_adafisher.AdaFisher(1e-2))
+    model.fit(x, y, epochs=3, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"measured"}
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

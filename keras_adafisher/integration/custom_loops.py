@@ -82,9 +82,10 @@ def training_step(
 ) -> Callable[[_Function], _Function]:
     """Decorator that makes a function a training step of custom loops.
 
-    Inside of the function, the layers of wrapped models measure, and their
-    `trainable_variables` (and `trainable_weights`) end with the small variables
-    through which the statistics reach the optimizer. Outside of it, a wrapped
+    Inside of the function, the layers of wrapped models measure, and the
+    models' `trainable_variables` (and `trainable_weights`) end with the small
+    variables through which the statistics reach the optimizer. (Lists of layers
+    that it trains with others don't.) Outside of the function, a wrapped
     model has the variables of a plain one, and measures nothing.
 
     TensorFlow, where the decorator goes inside of `tf.function`:

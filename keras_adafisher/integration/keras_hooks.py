@@ -4,10 +4,12 @@
   `train_step` if it trains with an AdaFisher, builds the optimizer before the
   step is traced, and has it traced anew if somebody has changed a setting.
 - `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
-  while a training step runs. Keras' trainers, and `train_step`s of one's own,
-  take what they differentiate from there.
+  while a training step runs, of models, and of layers that have an optimizer of
+  their own. Keras' trainers, and `train_step`s of one's own, take what they
+  differentiate from there.
 - `Layer.stateless_call` takes lists with a step's probes behind them for models
-  that have none: on JAX, all lists with the shapes of the weights have them.
+  that have none: on JAX, all lists with the shapes of the weights have them. It
+  takes plain lists, of averages for instance, for models that have some.
 - `MultiOptimizer.apply` takes lists without probes: it counts its variables.
 - `LossScaleOptimizer.build` and `MultiOptimizer.build` hand the probes on to
   the AdaFishers inside, and tell these by what the loss is scaled.
@@ -176,7 +178,8 @@ def _hooked_list(variables):
         is_plain = step is not None and step.mode == "plain"
         if step is None or (is_plain and keras.backend.backend() != "jax"):
             return found
-        return with_probes(found)
+        probes = with_probes(found)[len(found) :]
+        return [*found, *(p for p in probes if step.shows(probe_of(p), found))]
 
     return property(and_probes)
 
@@ -186,15 +189,34 @@ def _hooked_stateless_call(stateless_call):
     def call_without_probes(
         self, trainable_variables, non_trainable_variables, *args, **kwargs
     ):
-        if current() is not None:
-            # A copy of the trained model that isn't trained, for instance.
-            count = len(self.trainable_variables)
-            trainable_variables = trainable_variables[:count]
-            count = len(self.non_trainable_variables)
-            non_trainable_variables = non_trainable_variables[:count]
-        return stateless_call(
-            self, trainable_variables, non_trainable_variables, *args, **kwargs
-        )
+        step = current()
+        if step is None:
+            return stateless_call(
+                self,
+                trainable_variables,
+                non_trainable_variables,
+                *args,
+                **kwargs,
+            )
+        # Of a copy of the trained model that isn't trained, for instance, and
+        # of the trained model with averages of its weights.
+        known = self.trainable_variables
+        missing = known[len(trainable_variables) :]
+        if all(probe_of(variable) is not None for variable in missing):
+            zeros = [keras.ops.zeros(probe.shape) for probe in missing]
+            trainable_variables = [*trainable_variables, *zeros]
+        count = len(self.non_trainable_variables)
+        # A part of what is trained, without its probes, measures nothing.
+        weights = [v for v in known if probe_of(v) is None]
+        hidden = set(map(id, with_probes(weights))) - set(map(id, known))
+        with step.without(hidden):
+            return stateless_call(
+                self,
+                trainable_variables[: len(known)],
+                non_trainable_variables[:count],
+                *args,
+                **kwargs,
+            )
 
     return call_without_probes
 

@@ -3,6 +3,7 @@
 import sys
 import warnings
 import weakref
+from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Sequence
 
@@ -60,6 +61,15 @@ class Measuring:
         """
         for probe in probes:
             probe.remove_optimizer(self)
+
+    def trains_only(self, known: Collection[int]) -> bool:
+        """Whether all weights that the optimizer is built with are known.
+
+        Args:
+            known: Set of the ids of variables.
+        """
+        weights = self._trainable_variables[: self._weight_count]
+        return all(id(weight) in known for weight in weights)
 
     def check_that_layers_are_wrapped(self) -> None:
         """Raise a `ValueError` if `unwrap` has taken the wrappers off.

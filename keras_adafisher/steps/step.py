@@ -1,13 +1,15 @@
 """What a training step is.
 
-While a step runs, and only then, the `trainable_variables` of layers and models
-end with the probes (`probe/probe.py`), because what is differentiated and what
+While a step runs, and only then, the `trainable_variables` of models, and of
+layers that have an optimizer of their own, end with the probes
+(`probe/probe.py`), because what is differentiated and what
 the optimizer gets is taken from there. `fit` and `train_on_batch` make a step
 of a model's `train_step` (`integration/keras_hooks.py`), a custom loop
 decorates its function with `training_step` (`integration/custom_loops.py`). On
 PyTorch, probes are in no list, and nothing has to be done.
 """
 
+import contextlib
 import threading
 
 from keras import ops
@@ -46,6 +48,7 @@ class Step:
         self._state = state or {}
         self.answering = set()
         self._applied = set()
+        self._hidden = frozenset()
         self.raises_if_applied_again = False
 
     def __enter__(self):
@@ -58,7 +61,7 @@ class Step:
 
     def request_of(self, probe):
         """Whether an answer is wanted: a bool or a boolean tensor."""
-        if self.mode == "plain":
+        if self.mode == "plain" or id(probe.variable) in self._hidden:
             return False
         wanted = self._is_wanted(probe)
         if wanted is not False:
@@ -66,6 +69,37 @@ class Step:
             if self.mode == "measure":
                 return True
         return wanted
+
+    def shows(self, probe, variables):
+        """Whether a list of variables ends with a probe in this step.
+
+        A list that has only a part of what an optimizer trains ends with none
+        of its probes. Programs cut a model's list, which has all weights before
+        all probes, by the lengths of its sub-models' lists.
+
+        Args:
+            probe: `Probe` of a block with a parameter in the list.
+            variables: List of variables.
+        """
+        known = set(map(id, variables))
+        return all(
+            optimizer.trains_only(known)
+            for optimizer in self.optimizers
+            if optimizer.built and optimizer in probe.optimizers
+        )
+
+    @contextlib.contextmanager
+    def without(self, hidden):
+        """Context in which nothing is asked of some probes.
+
+        Args:
+            hidden: Set of the ids of their variables.
+        """
+        outer, self._hidden = self._hidden, self._hidden | hidden
+        try:
+            yield
+        finally:
+            self._hidden = outer
 
     def count_apply(self, optimizer):
         """Take notice that an optimizer is applied.
