@@ -54,6 +54,33 @@ def test_compiling_with_another_optimizer_unwraps_and_back():
         model.fit(x, y, verbose=0)
 
 
+SCALED = keras.optimizers.LossScaleOptimizer
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (lambda optimizer: optimizer, lambda optimizer: optimizer),
+        (SCALED, SCALED),
+        (SCALED, lambda optimizer: optimizer),
+    ],
+    ids=["alone", "scaled", "scaled, then alone"],
+)
+def test_compiling_with_the_same_optimizer_once_more(first, second):
+    """Keras puts it into a new `LossScaleOptimizer`, with float16."""
+    x, y = data()
+    model = mlp()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    model.compile(first(optimizer), loss=cross_entropy())
+    model.train_on_batch(x, y)
+    model.compile(second(optimizer), cross_entropy(), metrics=["accuracy"])
+    model.train_on_batch(x, y)
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"measured"}
+    (probe, *_) = probes_in(model)
+    assert optimizer.records_of(probe) == (2, 0, False)
+
+
 def test_compile_leaves_what_the_user_wrapped():
     """A GAN's parts are wrapped by hand; its `compile` knows no optimizer."""
     part = mlp()

@@ -38,10 +38,12 @@ def _hooked_compile(compile):
     def compile_and_wrap(self, optimizer="rmsprop", *args, **kwargs):
         optimizer = keras.optimizers.get(optimizer)
         previous = getattr(self, "optimizer", None)
-        if previous is not optimizer:
-            for adafisher in adafishers(previous):
+        # Keras may put one that stays into a new `LossScaleOptimizer`.
+        staying = list(adafishers(optimizer))
+        for adafisher in adafishers(previous):
+            if not any(adafisher is other for other in staying):
                 adafisher.leave(probes_of(self.trainable_variables))
-        if any(adafishers(optimizer)) or _chooses_adafisher(optimizer, self):
+        if staying or _chooses_adafisher(optimizer, self):
             _check_mode()
             wrap(self)
             _wrapped.add(self)
