@@ -620,9 +620,47 @@ MUTATIONS = [
     # Wrapping.
     Mutation(
         STORE,
-        "answers = backend.filled(answers, answers < 0, np.float32(np.nan))",
-        "answers = backend.filled(answers, answers < 0, np.float32(0))",
+        'answers = answers / ops.cast(answers >= 0, "float32")',
+        'answers = answers * ops.cast(answers >= 0, "float32")',
         "test_factor_store",
+    ),
+    Mutation(
+        STORE,
+        "has_gradient = ops.not_equal(means, 0.0)",
+        "has_gradient = ops.not_equal(means, -1.0)",
+        "test_optimizer",
+    ),
+    Mutation(
+        STEPS,
+        "optimizer.trains_only(known)\n",
+        "True\n",
+        "test_invisible",
+        "jax",
+    ),
+    Mutation(
+        HOOKS,
+        "with step.without(hidden):",
+        "with step.without(set()):",
+        "test_invisible",
+        "jax",
+    ),
+    Mutation(
+        "integration/compile_hook.py",
+        "if not any(adafisher is other for other in staying):",
+        "if True:",
+        "test_hooks",
+    ),
+    Mutation(
+        TORCH_PROBE,
+        "torch.where(is_kept, part, 0.0)",
+        "part",
+        "test_torch",
+    ),
+    Mutation(
+        UPDATE,
+        "self._momentums[index].value.dtype",
+        "gradient.dtype",
+        "test_torch_update",
     ),
     Mutation(
         STEPS,

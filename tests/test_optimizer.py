@@ -651,6 +651,56 @@ def test_a_batch_with_nan_or_inf_leaves_the_factors_alone(bad):
     assert_same(after[:2], before[:2])
 
 
+def test_a_batch_of_weight_zero_is_no_measurement():
+    """Nothing in it depends on the layers. Factors would shrink to zeros."""
+    x, y = image_data()
+    model = cnn()
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    model.compile(optimizer, loss=cross_entropy())
+    model.train_on_batch(x, y)
+    kernels = [v for v in optimizer.factored_variables if len(v.shape) > 1]
+    assert len(kernels) == 2
+
+    def factors():
+        return [
+            to_numpy(factor)
+            for kernel in kernels
+            for factor in (
+                optimizer.factors(kernel).activation,
+                optimizer.factors(kernel).gradient,
+            )
+        ]
+
+    before = factors()
+    np.testing.assert_allclose([f.mean() for f in before], 1, rtol=1e-5)
+    for _ in range(3):
+        model.train_on_batch(x, y, sample_weight=np.zeros(len(x), "float32"))
+    assert_same(factors(), before)
+    (probe, *_) = keras_adafisher.probe.probes_at(kernels[0])
+    assert optimizer.records_of(probe) == (1, 0, False)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="JAX and PyTorch look at what is computed, not at constants",
+)
+def test_tensorflow_may_look_for_numbers_that_are_not_finite():
+    import tensorflow as tf
+
+    x, y = data()
+    inputs = keras.Input((6,))
+    used = keras.layers.Dense(3)(inputs)
+    # Of the other output no gradient comes.
+    model = keras.Model(inputs, [used, keras.layers.Dense(2)(inputs)])
+    model.compile(keras_adafisher.AdaFisher(), loss=[cross_entropy(), None])
+    tf.debugging.enable_check_numerics()
+    try:
+        loss = model.fit(x, y, epochs=3, verbose=0).history["loss"]
+    finally:
+        tf.debugging.disable_check_numerics()
+    assert loss[-1] < loss[0]
+
+
 def test_an_empty_batch_and_a_batch_of_zeros(rng):
     model, layer, _ = linear(rng)
     optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
@@ -913,8 +963,14 @@ def test_errors_of_apply_are_keras_own():
     with pytest.raises(ValueError, match="gradients must match"):
         optimizer.apply([ops.zeros(())])
     stranger = keras.Variable(np.zeros(3, "float32"))
+    before = [np.array(to_numpy(v)) for v in optimizer.variables]
     with pytest.raises(ValueError, match="Unknown variable"):
-        optimizer.apply([ops.zeros((3,))], [stranger])
+        optimizer.apply(
+            [ops.ones(v.shape) for v in (*model.trainable_variables, stranger)],
+            [*model.trainable_variables, stranger],
+        )
+    for old, variable in zip(before, optimizer.variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable), old)
     optimizer.apply([])
 
 

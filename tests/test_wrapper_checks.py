@@ -77,6 +77,26 @@ def test_a_layer_of_keras_that_is_not_built():
     assert [row.source for row in report.rows] == ["measured"] * 2
 
 
+class TwoMaps(keras.layers.Layer):
+    """Outputs of different shapes, of which one is frozen."""
+
+    def build(self, input_shape):
+        self.wide = keras.layers.Dense(4, name="wide")
+        self.narrow = keras.layers.Dense(2, trainable=False)
+        self.wide.build(input_shape)
+        self.narrow.build(input_shape)
+
+    def call(self, inputs):
+        return {"wide": self.wide(inputs), "narrow": [self.narrow(inputs)]}
+
+
+def test_outputs_of_several_shapes_and_frozen_weights():
+    report = keras_adafisher.check_wrapper(TwoMaps(), X)
+    assert {row.parameter: row.source for row in report.rows} == {
+        f"two_maps/wide/{name}": "measured" for name in ("kernel", "bias")
+    }
+
+
 def test_what_is_estimated_needs_no_tap():
     report = keras_adafisher.check_wrapper(product(estimated, None), X)
     assert [row.source for row in report.rows] == ["estimated"]

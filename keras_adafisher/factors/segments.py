@@ -24,10 +24,11 @@ class Segments:
 
     Args:
         lengths: List of ints, one for each segment. There is one at least.
+            The mean of a segment without entries is 0.
     """
 
     def __init__(self, lengths):
-        self._lengths = backend.constant(lengths, "float32")
+        self._lengths = backend.constant(np.maximum(lengths, 1), "float32")
         self._segment_of_entries = backend.constant(
             np.repeat(np.arange(len(lengths)), lengths), "int32"
         )

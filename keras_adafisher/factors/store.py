@@ -124,7 +124,7 @@ class FactorStore:
                 segments.append((number, names))
                 lengths.append(self._size - start)
         self._segments = Segments(lengths)
-        self._find_relatives(blocks, [n for n, _ in segments], starts)
+        self._find_relatives(blocks, segments, starts)
         # Nothing is normalized together with the input that is always 1.
         self._is_bias_input = backend.constant(
             np.repeat(
@@ -145,26 +145,33 @@ class FactorStore:
         )
         return places
 
-    def _find_relatives(self, blocks, blocks_of_segments, starts):
+    def _find_relatives(self, blocks, segments, starts):
         """Find what each segment has to know of others.
 
         Args:
             blocks: List of `Block`s.
-            blocks_of_segments: List of ints, the number of each one's block.
+            segments: List of pairs, the number of each one's block and the list
+                of its factors' names.
             starts: List of ints, where the factors of each block begin, with
                 the number of its calls.
         """
+        blocks_of_segments = [number for number, _ in segments]
         self._places_of_calls = backend.constant(
             [starts[number] for number in blocks_of_segments], "int32"
         )
         of_blocks = [[] for _ in blocks]
+        gradients = [[] for _ in blocks]
         of_weights = collections.defaultdict(list)
-        for segment, number in enumerate(blocks_of_segments):
+        for segment, (number, names) in enumerate(segments):
             of_blocks[number].append(segment)
+            if "gradient" in names[-1]:
+                gradients[number].append(segment)
         for block, (first, *_) in zip(blocks, of_blocks, strict=True):
             of_weights[id(block.parameters[0])].append(first)
         # The segments of a segment's block.
         self._siblings = _padded([of_blocks[n] for n in blocks_of_segments])
+        # Those of them that are `S`.
+        self._gradients = _padded([gradients[n] for n in blocks_of_segments])
         # The first segment of each block of its weight. `None` if no weight
         # has several.
         self._uses = None
@@ -298,8 +305,10 @@ class FactorStore:
 
         Returns:
             List of the new factors and the new records. The factors of a block
-            stay as they were if its weight wasn't used, or if what it measured
-            can't be sums of squares: not all of it is finite and positive.
+            stay as they were if its weight wasn't used, or nothing in the loss
+            depended on it, as in a batch of weight 0. They also stay, and the
+            records count it, if what was measured can't be sums of squares: not
+            all of it is finite and positive.
         """
         # The number of calls, once for each segment: to find it for blocks and
         # repeat it takes a kernel more on JAX.
@@ -311,9 +320,19 @@ class FactorStore:
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
-        answers = backend.filled(answers, answers < 0, np.float32(np.nan))
-        x, is_finite = self._normalized(answers, divisors, epsilons)
-        is_possible = ops.all(backend.take(is_finite, self._siblings), axis=1)
+        # What is negative isn't finite then. (A constant that isn't would stop
+        # programs that look for such numbers.)
+        answers = answers / ops.cast(answers >= 0, "float32")
+        x, means = self._normalized(answers, divisors, epsilons)
+        # A mean isn't finite if one of the entries isn't.
+        is_possible = ops.all(
+            backend.take(ops.isfinite(means), self._siblings), axis=1
+        )
+        has_gradient = ops.not_equal(means, 0.0)
+        is_used = ops.logical_and(
+            is_used,
+            ops.any(backend.take(has_gradient, self._gradients), axis=1),
+        )
         if self._uses is not None:
             is_used = ops.any(backend.take(is_used, self._uses), axis=1)
         is_usable = ops.logical_and(is_possible, is_used)
@@ -336,7 +355,7 @@ class FactorStore:
             epsilons: Vector of each segment's `epsilon`, `None` for zeros.
 
         Returns:
-            The normalized vector, and for each segment whether it is finite.
+            The normalized vector, and the mean of each segment before that.
         """
         x = totals / self._segments.to_entries(divisors)
         epsilon = (
@@ -351,8 +370,7 @@ class FactorStore:
             *(self._segments.to_entries(found[name]) for name in names),
         )
         x = backend.filled(x, self._is_bias_input, 1.0)
-        # A mean isn't finite if one of the entries isn't.
-        return x, ops.isfinite(found["mean"])
+        return x, found["mean"]
 
 
 def _flat(tensor):

@@ -56,7 +56,7 @@ def check_wrapper(
     if layer.built:
         copy.set_weights(layer.get_weights())
 
-    before = ops.convert_to_numpy(model(x))
+    before = _to_numpy(model(x))
     wrap(model)
     wrappers = list(filter(None, map(wrapper_of, layers_in("", model))))
     if not wrappers:
@@ -65,17 +65,14 @@ def check_wrapper(
             "`keras_adafisher.register_wrapper`."
         )
     after = _outputs_of_wrappers(model, wrappers, x)
-    if not np.array_equal(before, after, equal_nan=True):
-        raise ValueError(
-            f"With its wrapper, layer '{layer.name}' computes something else: "
-            "the outputs differ by up to "
-            f"{np.max(np.abs(before - after)):.3g}. The wrapper's `call` must "
-            "compute exactly what the layer's `call` does."
-        )
+    _check_equal(layer.name, before, after)
 
     model.compile(AdaFisher(0.0), loss="mse")
-    target = np.random.default_rng(0).normal(size=after.shape)
-    model.train_on_batch(x, target)
+    rng = np.random.default_rng(0)
+    targets = keras.tree.map_structure(
+        lambda output: rng.normal(size=output.shape), after
+    )
+    model.train_on_batch(x, targets)
     report = coverage(model)
     sources = {row.parameter: row.source for row in report.rows}
     silent = [
@@ -83,7 +80,9 @@ def check_wrapper(
         for wrapper in wrappers
         for block in wrapper.blocks
         for parameter in block.parameters
-        if not block.is_estimated and sources[parameter.path] != "measured"
+        if parameter.trainable
+        and not block.is_estimated
+        and sources[parameter.path] != "measured"
     ]
     if silent:
         raise ValueError(
@@ -101,7 +100,34 @@ def _outputs_of_wrappers(model, wrappers, x):
     try:
         for wrapper in wrappers:
             wrapper.host.call = wrapper.call
-        return ops.convert_to_numpy(model(x))
+        return _to_numpy(model(x))
     finally:
         for wrapper, call in zip(wrappers, calls, strict=True):
             wrapper.host.call = call
+
+
+def _to_numpy(outputs):
+    return keras.tree.map_structure(ops.convert_to_numpy, outputs)
+
+
+def _check_equal(name, before, after):
+    """Raise an error if outputs differ, with a wrapper and without one.
+
+    Args:
+        name: String, the layer's.
+        before, after: Arrays, or nested structures of them.
+    """
+    pairs = zip(
+        keras.tree.flatten(before), keras.tree.flatten(after), strict=True
+    )
+    errors = [
+        np.max(np.abs(old - new))
+        for old, new in pairs
+        if not np.array_equal(old, new, equal_nan=True)
+    ]
+    if errors:
+        raise ValueError(
+            f"With its wrapper, layer '{name}' computes something else: the "
+            f"outputs differ by up to {max(errors):.3g}. The wrapper's `call` "
+            "must compute exactly what the layer's `call` does."
+        )

@@ -241,7 +241,9 @@ class AdaFisherMuon(AdaFisher):
         # A weight that is used in several ways has factors for each.
         view = blocks[0].matrix_view() if len(blocks) == 1 else None
         is_excluded = arguments.matches(self.exclude_layers, weight.path)
-        if view is None or weight is not blocks[0].weight or is_excluded:
+        is_empty = 0 in weight.shape
+        is_own = weight is blocks[0].weight
+        if view is None or not is_own or is_excluded or is_empty:
             return "diagonal"
         keeps_root = self.keep_roots
         if keeps_root == "auto":

@@ -13,7 +13,6 @@ than the learning rate. The combination is ours. (`AdaFisherMuon` has the mean
 over ids of a batch for the table of an embedding.)
 """
 
-import numpy as np
 from keras import ops
 
 from keras_adafisher import backend
@@ -91,19 +90,24 @@ class UpdateRMS:
         """
         old = ops.convert_to_tensor(self.variable)
         new = squares
+        has_gradient = [True]
         if indices != list(self.places):
-            # What has no gradient isn't finite either.
-            new = ops.concatenate([new, ops.full((1,), np.nan, "float32")])
             numbers = {index: n for n, index in enumerate(indices)}
-            order = [numbers.get(i, len(indices)) for i in self.places]
+            order = [numbers.get(i, 0) for i in self.places]
             new = backend.take(new, backend.constant(order, "int32"))
+            has_gradient = [i in numbers for i in self.places]
         weight = _where(
             update < self._interval,
             1 - self._decay,
             1 - self._decay**self._interval,
         )
         average = old + (new - old) * weight
-        return ops.where(ops.isfinite(new), average, old)
+        is_usable = ops.isfinite(new)
+        if not all(has_gradient):
+            is_usable = ops.logical_and(
+                is_usable, backend.constant(has_gradient, "bool")
+            )
+        return ops.where(is_usable, average, old)
 
     def roots(self, update, epsilon, scale=1):
         """What the steps of an update are divided by.

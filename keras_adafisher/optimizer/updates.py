@@ -159,7 +159,8 @@ class Updates:
                 with.
 
         Raises:
-            ValueError: There aren't as many gradients as variables.
+            ValueError: There aren't as many gradients as variables, or the
+                optimizer wasn't built with one of these.
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
@@ -202,6 +203,11 @@ class Updates:
                 parameter_grads.append(gradient)
             elif gradient is not None:
                 answers[id(variable)] = gradient
+
+        if any(self._index_of(variable) is None for variable in parameters):
+            # Keras' own error, before the factors have changed.
+            super().apply(parameter_grads, parameters)
+            return
 
         # Read before `super().apply` increments it, and for the update too.
         step = backend.step_number(self._iterations)
