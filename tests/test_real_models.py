@@ -50,6 +50,15 @@ if BACKEND == "jax":
         "ResNet50V2",
         "Xception",
     }
+if BACKEND == "tensorflow":
+    # Eagerly, these take ten seconds or more.
+    SLOW |= {
+        "DenseNet121",
+        "EfficientNetV2B0",
+        "InceptionV3",
+        "ResNet50V2",
+        "Xception",
+    }
 CLASSES = 10
 
 
