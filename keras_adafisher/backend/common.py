@@ -34,6 +34,7 @@ __all__ = [
     "keep_random_state",
     "lerp",
     "lerp_each",
+    "mark_negatives",
     "mean_square",
     "part",
     "pointwise_conv",
@@ -265,6 +266,11 @@ def at_least(x, number):
 def filled(x, condition, number):
     """A tensor, with a number in its place where a condition holds."""
     return ops.where(condition, number, x)
+
+
+def mark_negatives(x):
+    """A tensor in which what is negative isn't finite."""
+    return filled(x, x < 0, np.float32(np.nan))
 
 
 def lerp(x, y, weight):

@@ -14,6 +14,7 @@ __all__ = [
     "half_precision",
     "has_accelerator",
     "is_traced",
+    "mark_negatives",
     "mean_square",
     "pointwise_conv",
     "read_parts",
@@ -40,6 +41,12 @@ def step_number(iterations):
     # `ops.convert_to_tensor` returns a variable as it is here, and it would be
     # read where the number is used, after the counter has moved on.
     return tf.convert_to_tensor(iterations.value)
+
+
+def mark_negatives(x):
+    # `tf.debugging.enable_check_numerics()` stops at a constant that isn't
+    # finite, wherever it is used.
+    return x / tf.cast(x >= 0, x.dtype)
 
 
 # Without XLA, operations run one by one: one that cuts a vector into all of its

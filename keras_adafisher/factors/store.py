@@ -160,18 +160,16 @@ class FactorStore:
             [starts[number] for number in blocks_of_segments], "int32"
         )
         of_blocks = [[] for _ in blocks]
-        gradients = [[] for _ in blocks]
         of_weights = collections.defaultdict(list)
-        for segment, (number, names) in enumerate(segments):
+        for segment, number in enumerate(blocks_of_segments):
             of_blocks[number].append(segment)
-            if "gradient" in names[-1]:
-                gradients[number].append(segment)
         for block, (first, *_) in zip(blocks, of_blocks, strict=True):
             of_weights[id(block.parameters[0])].append(first)
-        # The segments of a segment's block.
-        self._siblings = _padded([of_blocks[n] for n in blocks_of_segments])
-        # Those of them that are `S`.
-        self._gradients = _padded([gradients[n] for n in blocks_of_segments])
+        # The segments of a segment's block, the last one first: its `S`, or
+        # that of its bias, which isn't zero if the weight's isn't.
+        self._siblings = _padded(
+            [of_blocks[n][::-1] for n in blocks_of_segments]
+        )
         # The first segment of each block of its weight. `None` if no weight
         # has several.
         self._uses = None
@@ -315,24 +313,17 @@ class FactorStore:
         calls = backend.take(answers, self._places_of_calls)
         # Turn sums over calls into means, and undo the scale of the loss. (A
         # gradient that was clipped has less than one call.)
-        is_used = calls > 0
-        divisors = backend.filled(calls, ~is_used, 1.0)
+        divisors = backend.filled(calls, calls <= 0, 1.0)
         if not isinstance(scale, float) or scale != 1:
             divisors = divisors * (1 + (scale**2 - 1) * self._has_scale)
         epsilons = epsilon * self._epsilon_scales if epsilon else None
-        # What is negative isn't finite then. (A constant that isn't would stop
-        # programs that look for such numbers.)
-        answers = answers / ops.cast(answers >= 0, "float32")
+        answers = backend.mark_negatives(answers)
         x, means = self._normalized(answers, divisors, epsilons)
+        means = backend.take(means, self._siblings)
         # A mean isn't finite if one of the entries isn't.
-        is_possible = ops.all(
-            backend.take(ops.isfinite(means), self._siblings), axis=1
-        )
-        has_gradient = ops.not_equal(means, 0.0)
-        is_used = ops.logical_and(
-            is_used,
-            ops.any(backend.take(has_gradient, self._gradients), axis=1),
-        )
+        is_possible = ops.all(ops.isfinite(means), axis=1)
+        # Without a call, all is zeros.
+        is_used = ops.not_equal(means[:, 0], 0.0)
         if self._uses is not None:
             is_used = ops.any(backend.take(is_used, self._uses), axis=1)
         is_usable = ops.logical_and(is_possible, is_used)
