@@ -153,7 +153,7 @@ MUTATIONS = [
     ),
     Mutation(
         SQUARES,
-        "return ops.where(ops.isfinite(new), average, old)",
+        "return ops.where(is_usable, average, old)",
         "return average",
         "test_faults",
     ),
