@@ -152,6 +152,8 @@ quality quality-quick: $(VENV)/.test
 	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
 	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality_schedules.py \
 	  --level $(BENCH_LEVEL) $(BENCH_ARGS)
+	KERAS_BACKEND=jax $(BIN)/python benchmarks/quality_fit.py \
+	  --level $(BENCH_LEVEL) $(BENCH_ARGS) --processes 1
 	$(BIN)/python -m tools.report.quality --output $(BENCH_OUTPUT) \
 	  --results benchmarks/results/$(BENCH_LEVEL)
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from processes import run
 
 from tools.report.performance.results import slope
+from tools.report.quality import choice
 from tools.report.quality.results import ANYTIME
 from tools.report.quality.results import is_better
 from tools.report.quality.results import load
@@ -19,7 +21,6 @@ from tools.report.quality.results import lowest_loss
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import marks
 from tools.report.quality.results import OURS
-from tools.report.quality.results import recommended_mean
 from tools.report.quality.results import RIVALS
 from tools.report.quality.results import runs_of
 from tools.report.quality.results import times_to_target
@@ -28,6 +29,12 @@ from tools.report.quality.results import verdict
 # Each process that measures is told its backend, whatever this one's is.
 pytestmark = pytest.mark.once
 MODELS = ("wide MLP", "MobileNet")
+# It compiles whole runs, which only JAX does. No times are looked at: as
+# quickly as the tests compile.
+ENVIRONMENT = {
+    "KERAS_BACKEND": "jax",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +146,7 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
         "benchmarks/quality.py",
         "--level=tiny",
         f"--results={folder}",
-        # It compiles whole runs, which only JAX does.
-        KERAS_BACKEND="jax",
+        **ENVIRONMENT,
     )
     (data,) = load(folder).values()
     for rival in RIVALS:
@@ -169,8 +175,20 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
         "benchmarks/quality_schedules.py",
         "--level=tiny",
         f"--results={folder}",
-        KERAS_BACKEND="jax",
+        **ENVIRONMENT,
     )
+    run(
+        "benchmarks/quality_fit.py",
+        "--level=tiny",
+        f"--results={folder}",
+        **ENVIRONMENT,
+    )
+    (fit,) = choice.load_fit(folder, {"diabetes": data}).values()
+    for rival in MAIN:
+        assert fit[rival]["median"] > 0
+        assert fit[f"{rival}, anytime"]["median"] > 0
+    assert fit["AdamW"]["median"] == 1
+    assert fit["AdaFisherMuon, other form"]["median"] > 0
     (other,) = load_schedules(folder, {"diabetes": data}).values()
     for rival in MAIN:
         parts = len(runs_of(data, "steps", rival)[0]["validation"])
@@ -185,10 +203,10 @@ def test_the_quality_benchmark_and_its_page(tmp_path):
     page = (tmp_path / "quality.md").read_text()
     assert not re.search(r"\b(nan|inf)\b", page)
     # Scores at equal steps and time, at four defaults, and with two other
-    # schedules; times to the target, also with one of these, rates, octaves,
-    # other forms, costs, factors; the first table; and that of what whitening
-    # adds, which the notes have.
-    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 17
+    # schedules; times to the target, also with one of these, and for what to
+    # take, rates, octaves, other forms, costs, also in `fit`, factors; the
+    # first table; and that of what whitening adds, which the notes have.
+    assert len(re.findall(r"\| diabetes, MLP \|", page)) == 19
     for plot in ("sensitivity", "curves", "rates", "profiles"):
         path = tmp_path / "quality" / f"{plot}.svg"
         assert path.stat().st_size > 10_000
@@ -270,15 +288,60 @@ def test_what_runs_with_other_schedules_are():
     assert {run[1:] for run in longer[3]} == {("cosine", False)}
 
 
-def test_the_mean_of_what_is_recommended():
-    inf = float("inf")
-    times = {
-        "gpt": {"AdaFisherMuon": 0.5, "AdaFisherW": 0.8, "AdamW": 1.0},
-        "mlp": {"AdaFisherMuon": 3.0, "AdaFisherW": inf, "AdamW": 1.0},
-        "digits": {"AdaFisherMuon": 1.1, "AdaFisherW": inf, "AdamW": 1.0},
+def test_what_to_take_where_time_counts():
+    """With the schedule that the page names, at the cost of its own steps."""
+
+    def runs(*losses):
+        return {"runs": [{"validation": list(losses)}] * 3}
+
+    step = {rival: {"median": 1.0} for rival in RIVALS}
+    step["AdaFisherW"] = {"median": 1.25}
+    rows = {"step": step, "time: AdamW": runs(4, 3, 2, 1)}
+    # Its other form is at 1 after two evaluations, 2.5 times as long.
+    rows["time: AdaFisherMuon"] = {**runs(2, 1), "is_form": True, "ratio": 2.5}
+    # This one is there after three with a cosine.
+    rows["time: AdaFisherW"] = {**runs(3, 2, 1), "ratio": 1.25}
+    rows["time: Nadam"] = runs(4, 4, 4, 4)
+    averaged = {
+        "anytime: AdaFisherMuon": runs(2, 1, 1, 1),
+        "anytime: AdaFisherW": runs(1, 1, 1, 1),
+        "anytime: Nadam": runs(3, 3, 3, 3),
     }
-    # 0.5 * 1 * 2, since what isn't reached counts as 2.
-    assert abs(recommended_mean(times) - 1) < 1e-12
+    fit = {
+        "AdaFisherMuon": {"median": 1.9},
+        "AdaFisherMuon, other form": {"median": 1.2},
+        "AdaFisherMuon, anytime": {"median": 2.0},
+        "AdaFisherW": {"median": 1.5},
+        "AdaFisherW, anytime": {"median": 1.75},
+        **{
+            f"{rival}{kind}": {"median": 1.0}
+            for rival in ("AdamW", "Nadam")
+            for kind in ("", ", anytime")
+        },
+    }
+    tasks = ("digits", "gpt", "tuning", "mlp")
+    found = choice.rows_of(
+        {task: {"rows": rows} for task in tasks},
+        {task: {"rows": averaged} for task in tasks},
+        {task: fit for task in tasks},
+    )
+    # Of four evaluations of AdamW's: three by 1.25, and in `fit` two by 1.2;
+    # two by 1, and by 2; one by 1.25, and by 1.75. Nadam never is at 1.
+    inf = float("inf")
+    assert {task: times for task, (_, times) in found.items()} == {
+        "digits": pytest.approx([3.75 / 4, 2.4 / 4, 1, inf]),
+        "gpt": pytest.approx([0.5, 1, 1, inf]),
+        "tuning": pytest.approx([1.25 / 4, 1.75 / 4, 1, inf]),
+        "mlp": [1, 1, 1, inf],
+    }
+    assert [label for label, _ in found.values()] == [
+        "AdaFisherW; in `fit` AdaFisherMuon, other form",
+        "AdaFisherMuon.anytime",
+        "AdaFisherW.anytime",
+        "AdamW",
+    ]
+    # What isn't reached counts as 2.
+    assert choice.means_of(found, ("gpt", "mlp"))[2:] == pytest.approx([1, 2])
 
 
 def test_the_lowest_loss_of_a_run():

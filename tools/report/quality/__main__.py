@@ -2,6 +2,7 @@
 
 from tools.report import pages
 from tools.report import quality
+from tools.report.quality import choice
 from tools.report.quality import figures
 from tools.report.quality import sentences
 from tools.report.quality import tables
@@ -21,12 +22,13 @@ from tools.report.quality.results import TASKS
 from tools.report.quality.results import times_to_target
 
 
-def write(results, schedules, output):
+def write(results, schedules, fits, output):
     """Write the page and its plots.
 
     Args:
         results: What `load` returned.
         schedules: What `load_schedules` returned.
+        fits: What `load_fit` returned.
         output: `pathlib.Path` of a folder.
     """
     folder = output / "quality"
@@ -48,6 +50,7 @@ def write(results, schedules, output):
         **facts(results),
         **found(results, times),
         **found_of_schedules(results, schedules),
+        **found_of_fit(results, schedules, fits),
         never=f"{NEVER:g}",
         errors=ERRORS,
         target=tables.target_table(times, longest),
@@ -81,7 +84,6 @@ def found(results, times):
         "wins_steps": sentences.wins(results, "steps"),
         "wins_time": sentences.wins(results, "time"),
         "times": sentences.times_of(geometric_means(times)),
-        "recommended": sentences.recommended(times),
         "octaves": sentences.octaves(results),
         "whitening": sentences.whitening(results),
         "diverging": sentences.diverging(results),
@@ -130,6 +132,15 @@ def found_of_schedules(results, schedules):
     }
 
 
+def found_of_fit(results, schedules, fits):
+    """What to take where time counts, and what steps cost in `fit`."""
+    rows = choice.rows_of(results, schedules, fits)
+    return {
+        "choices": tables.choice_table(rows) if rows else "Not measured yet.",
+        "fit_cost": tables.fit_table(fits) if fits else "Not measured yet.",
+    }
+
+
 def by_hand():
     """What the figures mean."""
     notes = pages.DOCS / "quality" / "notes.md"
@@ -143,7 +154,8 @@ def main():
     if not results:
         raise SystemExit(f"No complete results in {arguments.results}.")
     schedules = load_schedules(arguments.results, results)
-    write(results, schedules, arguments.output)
+    fits = choice.load_fit(arguments.results, results)
+    write(results, schedules, fits, arguments.output)
 
 
 if __name__ == "__main__":

@@ -60,12 +60,6 @@ NO_SCHEDULE = "ScheduleFreeAdamW"
 NEVER = 2.0
 # A difference is above the noise if it is more than so many standard errors.
 ERRORS = 2
-# Whom the table in docs/quality/notes.md tells to take where time counts, if it
-# isn't AdaFisherMuon.
-RECOMMENDED = {
-    **dict.fromkeys(("diabetes", "cancer", "digits", "tuning"), "AdaFisherW"),
-    "mlp": "AdamW",
-}
 # The tasks that had no part in the choice of settings, but for a learning rate.
 NOT_CHOSEN_ON = ("gpt2", "large", "raw")
 # The defaults: a schedule, and what the default rate is multiplied by.
@@ -389,14 +383,6 @@ def geometric_means(times):
         if values:
             found[rival] = mean_time(values)
     return found
-
-
-def recommended_mean(times):
-    """The mean time for what the page tells to take."""
-    return mean_time(
-        row[RECOMMENDED.get(task, "AdaFisherMuon")]
-        for task, row in times.items()
-    )
 
 
 def ranks(results, kind):

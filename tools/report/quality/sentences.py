@@ -8,9 +8,7 @@ from tools.report.quality.results import divergences
 from tools.report.quality.results import is_better
 from tools.report.quality.results import MAIN
 from tools.report.quality.results import mean_octaves
-from tools.report.quality.results import NOT_CHOSEN_ON
 from tools.report.quality.results import OURS
-from tools.report.quality.results import recommended_mean
 from tools.report.quality.results import table_of
 from tools.report.quality.results import TASKS
 from tools.report.quality.results import verdicts
@@ -66,22 +64,6 @@ def each_of_ours(results, kind):
 def times_of(means):
     """The geometric means of the times to AdamW's best."""
     return ", ".join(f"{r} {means[r]:.2f}" for r in MAIN if r in means)
-
-
-def recommended(times):
-    """The geometric means for what the page tells to take.
-
-    Args:
-        times: Dict from tasks to times to AdamW's best.
-    """
-    text = f"{recommended_mean(times):.2f} over {len(times)} tasks"
-    chosen_on = {t: row for t, row in times.items() if t not in NOT_CHOSEN_ON}
-    if chosen_on:
-        text += (
-            f", {recommended_mean(chosen_on):.2f} over the {len(chosen_on)} on "
-            "which the settings were chosen"
-        )
-    return text
 
 
 def octaves(results):

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from tools.report.quality import choice
 from tools.report.quality.results import ABLATION
 from tools.report.quality.results import ANYTIME
 from tools.report.quality.results import BY_LOSS
@@ -191,6 +192,53 @@ def target_table(times, with_longest=None):
             means = geometric_means(each)
             rows.append([what, *(f"{means[r]:.2f}" for r in rivals)])
     return table(["task", *rivals], rows)
+
+
+def choice_table(rows):
+    """What to take where time counts, and when it is at AdamW's best.
+
+    Args:
+        rows: What `choice.rows_of` returned.
+    """
+
+    def cells(times):
+        return [f"{t:.2f}" if math.isfinite(t) else "—" for t in times]
+
+    lines = [
+        [TASKS[task], label, *cells(times)]
+        for task, (label, times) in rows.items()
+    ]
+    lines.append(["**geometric mean**", "", *cells(choice.means_of(rows))])
+    tasks = choice.chosen_on(rows)
+    if tasks:
+        what = f"of the {len(tasks)} on which settings were chosen"
+        lines.append([what, "", *cells(choice.means_of(rows, tasks))])
+    return table(
+        ["task", "to take", "compiled", "in `fit`", *choice.RIVALS], lines
+    )
+
+
+def fit_table(fits):
+    """What a step costs in `fit`, next to AdamW's.
+
+    Args:
+        fits: What `choice.load_fit` returned.
+    """
+    names = {rival: rival for rival in MAIN if rival != "AdamW"} | {
+        "AdaFisherMuon, other form": "AdaFisherMuon, other form",
+        "AdaFisherMuon, anytime": "AdaFisherMuon, any time",
+        "AdaFisherW, anytime": "AdaFisherW, any time",
+        "AdamW, anytime": "AdamW, any time",
+    }
+    rows = [
+        [
+            TASKS[task],
+            *(f"{fit[n]['median']:.2f}" if n in fit else "" for n in names),
+            f"{1e3 * fit['seconds']:.2f}",
+        ]
+        for task, fit in fits.items()
+    ]
+    return table(["task", *names.values(), "AdamW, ms"], rows)
 
 
 def cost_table(results):
