@@ -404,8 +404,8 @@ MUTATIONS = [
     ),
     Mutation(
         TORCH_PROBE,
-        "            earlier = None\n        if earlier",
-        "            pass\n        if earlier",
+        "        if not gradients:\n            return None",
+        "        if not gradients:\n            return earlier",
         "test_torch test_optimizer test_faults",
     ),
     Mutation(

@@ -204,6 +204,56 @@ def test_a_step_may_tell_weights_by_the_lengths_of_lists():
 
 
 @pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="JAX and PyTorch differentiate with respect to no list",
+)
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_step_may_differentiate_with_respect_to_several_lists(freezes):
+    """Of an encoder and a decoder, for instance, trained by one optimizer."""
+    parts = Parts()
+    x, y = data()
+    parts(x)
+    models = parts.front, parts.head
+    for model in models:
+        keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher()
+    optimizer.build([v for m in models for v in m.trainable_variables])
+    parts.front.layers[0].trainable = not freezes
+
+    @tensorflow.function
+    @keras_adafisher.training_step(optimizer)
+    def step():
+        with tensorflow.GradientTape() as tape:
+            z = parts.head(parts.front(x, training=True), training=True)
+            loss = ops.mean(ops.square(z - y))
+        variables = [v for m in models for v in m.trainable_variables]
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    step()
+    rows = keras_adafisher.coverage(parts).rows
+    assert len(rows) == (6 if freezes else 8)
+    for variable in parts.trainable_variables[::2]:
+        (probe,) = keras_adafisher.probe.probes_at(variable)
+        assert optimizer.records_of(probe) == (1, 0, False)
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="JAX and PyTorch read no list in a step"
+)
+def test_what_is_frozen_later_hides_no_probe():
+    model = FrozenFront()
+    x, y = data()
+    model(x)
+    model.compile(keras_adafisher.AdaFisher())
+    model.optimizer.build(model.trainable_variables)
+    model.front.trainable = False
+    model.only_head = lambda gradients: gradients
+    model.fit(x, y, epochs=2, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert [row.source for row in rows] == ["measured"] * 4
+
+
+@pytest.mark.skipif(
     BACKEND != "jax", reason="TensorFlow and PyTorch have no stateless steps"
 )
 def test_a_step_may_call_parts_with_their_weights():

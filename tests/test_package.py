@@ -76,6 +76,7 @@ if keras.backend.backend() == "tensorflow":
 TORCH_INTERNALS = {
     "_C",
     "_active_ddp_module",
+    "_join_config",
     "_are_functorch_transforms_active",
     "_current_graph_task_id",
     "_version",

@@ -81,7 +81,11 @@ def numpy_initializers(monkeypatch):
 
 
 def train_once(model, x, y, loss, **compile_arguments):
-    """One step; the loss is finite, and so are the weights, which moved."""
+    """One step; the loss is finite, and so are the weights, which moved.
+
+    Returns:
+        List of the paths of those that didn't.
+    """
     parameters = list(model.trainable_variables)
     optimizer = keras_adafisher.AdaFisher()
     model.compile(optimizer=optimizer, loss=loss, **compile_arguments)
@@ -99,6 +103,7 @@ def train_once(model, x, y, loss, **compile_arguments):
     # Some get no gradient: a block that stochastic depth skipped, what only
     # leads to an output that a diffusion transformer's last block drops.
     assert len(unmoved) < 0.25 * len(parameters), unmoved
+    return unmoved
 
 
 @pytest.mark.parametrize(
@@ -248,8 +253,8 @@ def test_keras_hub(make_model, rng, numpy_initializers):
     assert keras_adafisher.coverage(model).factored_fraction >= 0.97
     # Without XLA, which takes TensorFlow several times as long to compile.
     arguments = {"jit_compile": False} if BACKEND == "tensorflow" else {}
-    train_once(model, x, y, loss, **arguments)
+    unmoved = train_once(model, x, y, loss, **arguments)
     for variable in factored(model):
         for _, gradient in pairs_of(model.optimizer, variable):
             # Running factors start at 1: each block has measured something.
-            assert np.any(gradient != 1), variable.path
+            assert np.any(gradient != 1) or variable.path in unmoved

@@ -63,13 +63,13 @@ class Measuring:
             probe.remove_optimizer(self)
 
     def trains_only(self, known: Collection[int]) -> bool:
-        """Whether all weights that the optimizer is built with are known.
+        """Whether all weights that the optimizer trains are known.
 
         Args:
             known: Set of the ids of variables.
         """
         weights = self._trainable_variables[: self._weight_count]
-        return all(id(weight) in known for weight in weights)
+        return all(id(w) in known for w in weights if w.trainable)
 
     def check_that_layers_are_wrapped(self) -> None:
         """Raise a `ValueError` if `unwrap` has taken the wrappers off.

@@ -1,9 +1,8 @@
 """What a training step is.
 
-While a step runs, and only then, the `trainable_variables` of models, and of
-layers that have an optimizer of their own, end with the probes
-(`probe/probe.py`), because what is differentiated and what
-the optimizer gets is taken from there. `fit` and `train_on_batch` make a step
+While a step runs, and only then, the `trainable_variables` of models end with
+the probes (`probe/probe.py`), because what is differentiated and what the
+optimizer gets is taken from there. (Which lists do, `Step.shows` decides.) `fit` and `train_on_batch` make a step
 of a model's `train_step` (`integration/keras_hooks.py`), a custom loop
 decorates its function with `training_step` (`integration/custom_loops.py`). On
 PyTorch, probes are in no list, and nothing has to be done.
@@ -48,6 +47,7 @@ class Step:
         self._state = state or {}
         self.answering = set()
         self._applied = set()
+        self._read = set()
         self._hidden = frozenset()
         self.raises_if_applied_again = False
 
@@ -73,20 +73,27 @@ class Step:
     def shows(self, probe, variables):
         """Whether a list of variables ends with a probe in this step.
 
-        A list that has only a part of what an optimizer trains ends with none
-        of its probes. Programs cut a model's list, which has all weights before
-        all probes, by the lengths of its sub-models' lists.
+        Programs cut a model's list, which has all weights before all probes, by
+        the lengths of its sub-models' lists. So a list that has only a part of
+        what an optimizer trains ends with none of its probes, once the list of
+        all has been read. Until then, programs may differentiate with respect
+        to several parts together. (Where state is passed along, they don't need
+        lists for it.)
 
         Args:
             probe: `Probe` of a block with a parameter in the list.
             variables: List of variables.
         """
         known = set(map(id, variables))
-        return all(
-            optimizer.trains_only(known)
-            for optimizer in self.optimizers
-            if optimizer.built and optimizer in probe.optimizers
-        )
+        shown = True
+        for optimizer in self.optimizers:
+            if not optimizer.built or optimizer not in probe.optimizers:
+                continue
+            if optimizer.trains_only(known):
+                self._read.add(id(optimizer))
+            elif self._wanted is not None or id(optimizer) in self._read:
+                shown = False
+        return shown
 
     @contextlib.contextmanager
     def without(self, hidden):
