@@ -423,8 +423,8 @@ MUTATIONS = [
     ),
     Mutation(
         "integration/compile_hook.py",
-        "        if previous is not optimizer:",
-        "        if False:",
+        "            if not any(adafisher is other for other in staying):",
+        "            if False:",
         "test_sharing test_hooks",
     ),
     # The factors' formulas.
@@ -457,13 +457,13 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        'return x, ops.isfinite(found["mean"])',
-        "return x, ops.ones_like(x) > 0",
+        "ops.isfinite(means)",
+        "means > -1",
         "test_factor_store",
     ),
     Mutation(
         STORE,
-        "divisors = backend.filled(calls, ~is_used, 1.0)",
+        "divisors = backend.filled(calls, calls <= 0, 1.0)",
         "divisors = ops.ones_like(calls)",
         "test_sharing",
     ),
@@ -555,12 +555,6 @@ MUTATIONS = [
         "for part in parts[2:]:",
         "test_torch",
     ),
-    Mutation(
-        STORE,
-        "        is_used = calls > 0\n",
-        "        is_used = calls >= 0\n",
-        "test_faults",
-    ),
     # The arithmetic of padding.
     Mutation(
         STATISTICS,
@@ -632,8 +626,8 @@ MUTATIONS = [
     ),
     Mutation(
         STEPS,
-        "optimizer.trains_only(known)\n",
-        "True\n",
+        "optimizer.trains_only(known)",
+        "True",
         "test_invisible",
         "jax",
     ),

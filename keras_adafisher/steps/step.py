@@ -2,10 +2,11 @@
 
 While a step runs, and only then, the `trainable_variables` of models end with
 the probes (`probe/probe.py`), because what is differentiated and what the
-optimizer gets is taken from there. (Which lists do, `Step.shows` decides.) `fit` and `train_on_batch` make a step
-of a model's `train_step` (`integration/keras_hooks.py`), a custom loop
-decorates its function with `training_step` (`integration/custom_loops.py`). On
-PyTorch, probes are in no list, and nothing has to be done.
+optimizer gets is taken from there. (Which lists do, `Step.shows` decides.)
+`fit` and `train_on_batch` make a step of a model's `train_step`
+(`integration/keras_hooks.py`), a custom loop decorates its function with
+`training_step` (`integration/custom_loops.py`). On PyTorch, probes are in no
+list, and nothing has to be done.
 """
 
 import contextlib
