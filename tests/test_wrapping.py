@@ -211,6 +211,30 @@ def test_probes_have_the_path_of_their_layer(is_built):
     assert probe.variable.path == "outer/inner/adafisher/probe"
 
 
+def test_a_call_that_was_replaced_later_stays():
+    x, y = data()
+    model = mlp()
+    model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
+    layer = model.layers[0]
+    before, seen = layer.call, []
+
+    def watched(*args, **kwargs):
+        seen.append(args)
+        return before(*args, **kwargs)
+
+    layer.call = watched
+    for optimizer in (model.optimizer, "sgd", keras_adafisher.AdaFisher()):
+        model.compile(optimizer, loss=cross_entropy())
+        seen.clear()
+        model.train_on_batch(x, y)
+        assert seen
+        assert layer.call is watched
+    assert "dense" not in [
+        variable.path.split("/")[-2]
+        for variable in model.optimizer.factored_variables
+    ]
+
+
 def test_a_layer_whose_call_was_replaced_is_left_alone():
     model = mlp()
     layer = model.layers[0]

@@ -246,14 +246,22 @@ class LayerWrapper(keras.layers.Layer):
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
+        self.__dict__["_installed"] = {
+            "call": call,
+            "rematerialized_call": rematerialized_call,
+        }
 
     def detach(self) -> None:
-        """Give the host its own `call` back and leave it."""
+        """Give the host its own `call` back and leave it.
+
+        Unless somebody has put another one in the place of the wrapper's.
+        """
         host = self.host
         for probe in self.probes:
             unmark_parameters(probe)
-        del host.call
-        del host.rematerialized_call
+        for name, own in self._installed.items():
+            if host.__dict__.get(name) is own:
+                delattr(host, name)
         del host.__dict__[_ATTRIBUTE]
 
 
