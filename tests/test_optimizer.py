@@ -1,4 +1,5 @@
 import itertools
+import re
 import warnings
 
 import keras
@@ -951,6 +952,24 @@ def test_fisher_diagonal_of_a_variable_without_one():
     for wrong in (mlp().layers[0].kernel, optimizer.iterations):
         with pytest.raises(ValueError, match="Argument `variable` must be"):
             optimizer.preconditioner(wrong)
+
+
+@pytest.mark.parametrize("interval, warns", [(10, True), (9, False)])
+def test_lists_that_take_turns(interval, warns):
+    """With an even interval, one of two would never be measured."""
+    model = mlp()
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=interval)
+    optimizer.build(model.trainable_variables)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        # All, as with two losses, and then one by one.
+        for layers in (model.layers, *([layer] for layer in model.layers)) * 2:
+            variables = [v for a in layers for v in a.trainable_variables]
+            optimizer.apply([ops.ones(v.shape) for v in variables], variables)
+    text = f"applied to 2 lists .* `factor_update_steps={interval}`"
+    found = [w for w in seen if re.search(text, str(w.message))]
+    assert len(found) == warns
 
 
 def test_errors_of_apply_are_keras_own():

@@ -241,10 +241,13 @@ class AdaFisher(
             **kwargs,
         )
         # Whether it has warned that nothing is measured, that most of it is
-        # dropped, and that kernels have no gradient.
+        # dropped, that kernels have no gradient, and that lists take turns.
         self._has_warned = False
         self._has_warned_of_dropped = False
         self._has_warned_of_missing = False
+        self._has_warned_of_turns = False
+        # Sets of the numbers of parameters that it is applied to.
+        self._applied_to = ()
         # A reference to the scale of the loss.
         self._loss_scale = lambda: None
         self.ema_momentum = ema_momentum

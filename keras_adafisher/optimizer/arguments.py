@@ -341,6 +341,29 @@ def check_learning_rate(value):
         )
 
 
+def list_of_variables(variables):
+    """A list of what `build` is given.
+
+    Args:
+        variables: The argument `variables`.
+
+    Raises:
+        TypeError: It isn't a list of variables.
+    """
+    try:
+        found = list(variables)
+    except TypeError:
+        found = [None]
+    # Variables of TensorFlow count too.
+    if not all(hasattr(variable, "assign") for variable in found):
+        raise TypeError(
+            "Argument `variables` of `build` must be a list of variables: "
+            "`model.trainable_variables` of a wrapped model. "
+            f"Received: variables={variables} (of type {type(variables)})"
+        )
+    return found
+
+
 def _is_model_or_parameters(value):
     # The latter is the method of a `torch.nn.Module`.
     if isinstance(value, keras.layers.Layer) or hasattr(value, "parameters"):

@@ -1,5 +1,6 @@
 """When the factors are measured, and what is done with a measurement."""
 
+import math
 import sys
 import warnings
 import weakref
@@ -256,6 +257,32 @@ class Measuring:
                 + BackendProbe.HOW_TO_MEASURE,
                 stacklevel=4,
             )
+
+    def _warn_of_turns(self, variables):
+        """Warn once if lists take turns, and some are never measured.
+
+        Args:
+            variables: List of some of the parameters, which an update is for.
+        """
+        indices = map(self._get_variable_index, variables)
+        new = frozenset(index for index in indices if self._fishers[index])
+        if self._has_warned_of_turns or not new or new in self._applied_to:
+            return
+        # Lists that overlap are of what is frozen now and then.
+        others = [known for known in self._applied_to if not known & new]
+        self._applied_to = (*self._applied_to, new)
+        count, interval = len(others) + 1, self.factor_update_steps
+        if math.gcd(count, interval) == 1:
+            return
+        self._has_warned_of_turns = True
+        warnings.warn(
+            f"AdaFisher is applied to {count} lists of variables. If they take "
+            f"turns, it never measures some of them with "
+            f"`factor_update_steps={interval}`: each has every {count}th "
+            f"update. Take a number that has no divisor in common with {count} "
+            "(1 has none), or an optimizer for each list.",
+            stacklevel=3,
+        )
 
     def _loss_scale_now(self):
         """What the loss is multiplied by: a float or, if it varies, a tensor.

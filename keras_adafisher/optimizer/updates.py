@@ -14,6 +14,7 @@ from keras_adafisher import steps
 from keras_adafisher.aliases import Tensor
 from keras_adafisher.factors.block_factors import FisherDiagonal
 from keras_adafisher.factors.store import FactorStore
+from keras_adafisher.optimizer import arguments
 from keras_adafisher.optimizer import update_rule
 from keras_adafisher.optimizer.update_rms import UpdateRMS
 from keras_adafisher.probe import probe_of
@@ -65,7 +66,7 @@ class Updates:
         """
         if self.built:
             return
-        variables = _list_of_variables(variables)
+        variables = arguments.list_of_variables(variables)
         probes = probes_of(variables)
         if variables and not probes:
             warnings.warn(
@@ -208,6 +209,8 @@ class Updates:
             # Keras' own error, before the factors have changed.
             super().apply(parameter_grads, parameters)
             return
+        if len(parameters) < self._weight_count:
+            self._warn_of_turns(parameters)
 
         # Read before `super().apply` increments it, and for the update too.
         step = backend.step_number(self._iterations)
@@ -440,18 +443,3 @@ class Updates:
     def _has_own_update_step(self):
         """Whether a subclass has another rule than this class."""
         return type(self).update_step is not Updates.update_step
-
-
-def _list_of_variables(variables):
-    try:
-        found = list(variables)
-    except TypeError:
-        found = [None]
-    # Variables of TensorFlow count too.
-    if not all(hasattr(variable, "assign") for variable in found):
-        raise TypeError(
-            "Argument `variables` of `build` must be a list of variables: "
-            "`model.trainable_variables` of a wrapped model. "
-            f"Received: variables={variables} (of type {type(variables)})"
-        )
-    return found
