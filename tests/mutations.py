@@ -626,7 +626,7 @@ MUTATIONS = [
     ),
     Mutation(
         STEPS,
-        "optimizer.trains_only(known)",
+        "any(o.trains_only(known) for o in concerned)",
         "True",
         "test_invisible",
         "jax",

@@ -84,10 +84,9 @@ def training_step(
 
     Inside of the function, the layers of wrapped models measure, and the
     models' `trainable_variables` (and `trainable_weights`) end with the small
-    variables through which the statistics reach the optimizer. (Once a list of
-    all that it trains has been read, and on JAX in any case, lists of parts of
-    it don't.) Outside of the function, a wrapped model has the variables of a
-    plain one, and measures nothing.
+    variables through which the statistics reach the optimizer. (On JAX, those
+    of parts of what it trains don't.) Outside of the function, a wrapped model
+    has the variables of a plain one, and measures nothing.
 
     TensorFlow, where the decorator goes inside of `tf.function`:
 

@@ -5,7 +5,7 @@
   step is traced, and has it traced anew if somebody has changed a setting.
 - `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
   while a training step runs. Keras' trainers, and `train_step`s of one's own,
-  take what they differentiate from there. Lists of parts are plain: see
+  take what they differentiate from there. On JAX, lists of parts are plain: see
   `Step.shows`.
 - `Layer.stateless_call` takes lists with a step's probes behind them for models
   that have none: on JAX, all lists with the shapes of the weights have them. It

@@ -48,7 +48,6 @@ class Step:
         self._state = state or {}
         self.answering = set()
         self._applied = set()
-        self._read = set()
         self._hidden = frozenset()
         self.raises_if_applied_again = False
 
@@ -74,27 +73,20 @@ class Step:
     def shows(self, probe, variables):
         """Whether a list of variables ends with a probe in this step.
 
-        Programs cut a model's list, which has all weights before all probes, by
-        the lengths of its sub-models' lists. So a list that has only a part of
-        what an optimizer trains ends with none of its probes, once the list of
-        all has been read. Until then, programs may differentiate with respect
-        to several parts together. (Where state is passed along, they don't need
-        lists for it.)
+        Where state is passed along, programs cut it, which has all weights
+        before all probes, by the lengths of models' lists. So those that have
+        only a part of what an optimizer trains end with none of its probes.
+        Elsewhere, programs differentiate with respect to such lists.
 
         Args:
             probe: `Probe` of a block with a parameter in the list.
             variables: List of variables.
         """
+        if self._wanted is None:
+            return True
         known = set(map(id, variables))
-        shown = True
-        for optimizer in self.optimizers:
-            if not optimizer.built or optimizer not in probe.optimizers:
-                continue
-            if optimizer.trains_only(known):
-                self._read.add(id(optimizer))
-            elif self._wanted is not None or id(optimizer) in self._read:
-                shown = False
-        return shown
+        concerned = [o for o in self.optimizers if o in probe.optimizers]
+        return not concerned or any(o.trains_only(known) for o in concerned)
 
     @contextlib.contextmanager
     def without(self, hidden):
