@@ -246,10 +246,10 @@ class LayerWrapper(keras.layers.Layer):
             mark_parameters(probe)
         host.call = call
         host.rematerialized_call = rematerialized_call
-        self.__dict__["_installed"] = {
-            "call": call,
-            "rematerialized_call": rematerialized_call,
-        }
+        self._installed = (
+            ("call", call),
+            ("rematerialized_call", rematerialized_call),
+        )
 
     def detach(self) -> None:
         """Give the host its own `call` back and leave it.
@@ -259,7 +259,7 @@ class LayerWrapper(keras.layers.Layer):
         host = self.host
         for probe in self.probes:
             unmark_parameters(probe)
-        for name, own in self._installed.items():
+        for name, own in self._installed:
             if host.__dict__.get(name) is own:
                 delattr(host, name)
         del host.__dict__[_ATTRIBUTE]
