@@ -149,23 +149,37 @@ class Parts(keras.Model):
             *gradients[count:],
         ]
 
+    def jax_step(self, state, y, outputs_of, change=list):
+        """A step on JAX.
+
+        Args:
+            state: What `train_step` is given.
+            y: Targets.
+            outputs_of: Function of the weights.
+            change: Function of the list of gradients.
+        """
+        trainable, other, optimizer, metrics = state
+
+        def loss_of(trainable):
+            return ops.mean(ops.square(outputs_of(trainable) - y))
+
+        loss, gradients = jax.value_and_grad(loss_of)(trainable)
+        trainable, optimizer = self.optimizer.stateless_apply(
+            optimizer, change(gradients), trainable
+        )
+        return {"mse": loss}, (trainable, other, optimizer, metrics)
+
 
 class FrozenFront(Parts):
     if BACKEND == "jax":
 
         def train_step(self, state, batch):
-            trainable, other, optimizer, metrics = state
             x, y, *_ = batch
 
-            def loss_of(trainable):
-                z, _ = self.stateless_call(trainable, other, x, training=True)
-                return ops.mean(ops.square(z - y))
+            def outputs_of(weights):
+                return self.stateless_call(weights, [], x, training=True)[0]
 
-            loss, gradients = jax.value_and_grad(loss_of)(trainable)
-            trainable, optimizer = self.optimizer.stateless_apply(
-                optimizer, self.only_head(gradients), trainable
-            )
-            return {"mse": loss}, (trainable, other, optimizer, metrics)
+            return self.jax_step(state, y, outputs_of, self.only_head)
 
     elif BACKEND == "tensorflow":
 
@@ -329,20 +343,14 @@ def test_a_step_may_call_parts_with_their_weights():
 
     class CallsParts(Parts):
         def train_step(self, state, batch):
-            trainable, other, optimizer, metrics = state
             x, y, *_ = batch
             count = len(self.front.trainable_variables)
 
-            def loss_of(trainable):
-                z, _ = self.front.stateless_call(trainable[:count], [], x)
-                z, _ = self.head.stateless_call(trainable[count:], [], z)
-                return ops.mean(ops.square(z - y))
+            def outputs_of(weights):
+                z, _ = self.front.stateless_call(weights[:count], [], x)
+                return self.head.stateless_call(weights[count:], [], z)[0]
 
-            loss, gradients = jax.value_and_grad(loss_of)(trainable)
-            trainable, optimizer = self.optimizer.stateless_apply(
-                optimizer, gradients, trainable
-            )
-            return {"mse": loss}, (trainable, other, optimizer, metrics)
+            return self.jax_step(state, y, outputs_of)
 
     model = CallsParts()
     x, y = data()
@@ -367,21 +375,15 @@ def test_a_step_may_call_the_model_with_averages_of_its_weights():
 
     class Teacher(Parts):
         def train_step(self, state, batch):
-            trainable, other, optimizer, metrics = state
             x, y, *_ = batch
             # As long as the plain list, and nothing else is like it.
-            averages = [0.5 * w for w in trainable[:8]]
-            target, _ = self.stateless_call(averages, other, x)
+            averages = [0.5 * w for w in state[0][:8]]
+            target, _ = self.stateless_call(averages, [], x)
 
-            def loss_of(trainable):
-                z, _ = self.stateless_call(trainable, other, x, training=True)
-                return ops.mean(ops.square(z - y - target))
+            def outputs_of(weights):
+                return self.stateless_call(weights, [], x, training=True)[0]
 
-            loss, gradients = jax.value_and_grad(loss_of)(trainable)
-            trainable, optimizer = self.optimizer.stateless_apply(
-                optimizer, gradients, trainable
-            )
-            return {"mse": loss}, (trainable, other, optimizer, metrics)
+            return self.jax_step(state, y + target, outputs_of)
 
     model = Teacher()
     x, y = data()

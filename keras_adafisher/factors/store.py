@@ -124,7 +124,7 @@ class FactorStore:
                 segments.append((number, names))
                 lengths.append(self._size - start)
         self._segments = Segments(lengths)
-        self._find_relatives(blocks, segments, starts)
+        self._find_relatives(blocks, [n for n, _ in segments], starts)
         # Nothing is normalized together with the input that is always 1.
         self._is_bias_input = backend.constant(
             np.repeat(
@@ -145,17 +145,15 @@ class FactorStore:
         )
         return places
 
-    def _find_relatives(self, blocks, segments, starts):
+    def _find_relatives(self, blocks, blocks_of_segments, starts):
         """Find what each segment has to know of others.
 
         Args:
             blocks: List of `Block`s.
-            segments: List of pairs, the number of each one's block and the list
-                of its factors' names.
+            blocks_of_segments: List of ints, the number of each one's block.
             starts: List of ints, where the factors of each block begin, with
                 the number of its calls.
         """
-        blocks_of_segments = [number for number, _ in segments]
         self._places_of_calls = backend.constant(
             [starts[number] for number in blocks_of_segments], "int32"
         )

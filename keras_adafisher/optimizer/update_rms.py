@@ -90,12 +90,11 @@ class UpdateRMS:
         """
         old = ops.convert_to_tensor(self.variable)
         new = squares
-        has_gradient = [True]
+        numbers = {index: n for n, index in enumerate(indices)}
+        has_gradient = [index in numbers for index in self.places]
         if indices != list(self.places):
-            numbers = {index: n for n, index in enumerate(indices)}
             order = [numbers.get(i, 0) for i in self.places]
             new = backend.take(new, backend.constant(order, "int32"))
-            has_gradient = [i in numbers for i in self.places]
         weight = _where(
             update < self._interval,
             1 - self._decay,

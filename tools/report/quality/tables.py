@@ -284,18 +284,16 @@ def form_table(results):
     """What other forms cost, and where tuning takes them."""
     rows = []
     for task, data in results.items():
-        found = data["rows"]
-        row = found.get("rates: AdaFisherMuon", {})
+        row = data["rows"].get("rates: AdaFisherMuon", {})
         if "form" not in row:
             continue
         ratios = (ratio_of(data, "AdaFisherMuon"), form_ratio_of(data))
-        # Who isn't tuned for it goes on with what equal steps chose.
-        taken = (row, {**row, **found["time: AdaFisherMuon"]})
+        taken = row["is_form"], choice.has_form(data, "AdaFisherMuon")
         rows.append(
             [
                 TASKS[task],
                 *(f"{ratio:.2f}" for ratio in ratios),
-                *("yes" if row["is_form"] else "no" for row in taken),
+                *("yes" if is_form else "no" for is_form in taken),
             ]
         )
     header = "default", "this form", "equal steps", "equal time"
