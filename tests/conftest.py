@@ -35,6 +35,7 @@ collect_ignore = [
     name
     for name, backends in {
         "test_mirrored_strategy.py": ["tensorflow"],
+        "test_tapes.py": ["tensorflow"],
         "test_distributed_tensorflow.py": ["tensorflow"],
         "test_torch.py": ["torch"],
         "test_torch_autodiff.py": ["torch"],

@@ -82,13 +82,14 @@ def training_step(
 ) -> Callable[[_Function], _Function]:
     """Decorator that makes a function a training step of custom loops.
 
-    Inside of the function, the layers of wrapped models measure, and the
-    models' `trainable_variables` (and `trainable_weights`) end with the small
-    variables through which the statistics reach the optimizer. (On JAX, those
-    of parts of what it trains don't.) Outside of the function, a wrapped model
-    has the variables of a plain one, and measures nothing.
+    Inside of the function, the layers of wrapped models measure. Outside of
+    it, a wrapped model measures nothing. It has the variables of a plain one,
+    also inside of the function, but on JAX.
 
-    TensorFlow, where the decorator goes inside of `tf.function`:
+    TensorFlow, where the decorator goes inside of `tf.function`. Gradients
+    have to be computed by `tf.GradientTape.gradient`, in the function that
+    applies them, not in another `tf.function` or in a loop of TensorFlow's
+    inside of it.
 
     ```python
     @tf.function
@@ -104,7 +105,10 @@ def training_step(
     JAX, where it goes inside of `jax.jit`. The function takes and returns the
     values of the plain model's trainable variables, as a list or a tuple, and
     those of `optimizer.variables`, somewhere among its arguments. (Of several
-    optimizers with variables of equal shapes, in the optimizers' order.)
+    optimizers with variables of equal shapes, in the optimizers' order.) Inside
+    of it, the model's `trainable_variables` (and `trainable_weights`) end with
+    the small variables through which the statistics reach the optimizer. Those
+    of parts of what it trains don't.
 
     ```python
     @jax.jit

@@ -3,16 +3,21 @@
 - `Model.make_train_function` makes a training step (`steps`) of the model's
   `train_step` if it trains with an AdaFisher, builds the optimizer before the
   step is traced, and has it traced anew if somebody has changed a setting.
-- `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
-  while a training step runs. Keras' trainers, and `train_step`s of one's own,
-  take what they differentiate from there. On JAX, lists of parts are plain: see
-  `Step.shows`.
-- `Layer.stateless_call` takes lists with a step's probes behind them for models
-  that have none: on JAX, all lists with the shapes of the weights have them. It
-  takes plain lists, of averages for instance, for models that have some.
-- `MultiOptimizer.apply` takes lists without probes: it counts its variables.
 - `LossScaleOptimizer.build` and `MultiOptimizer.build` hand the probes on to
   the AdaFishers inside, and tell these by what the loss is scaled.
+
+Where probes are in lists, on JAX, there are also these:
+
+- `Layer.trainable_variables` and `Layer.trainable_weights` end with the probes
+  while a training step runs. Keras' trainer, and `train_step`s of one's own,
+  take what they differentiate from there. Lists of parts are plain: see
+  `Step.shows`.
+- `Layer.stateless_call` takes lists with a step's probes behind them for models
+  that have none: all lists with the shapes of the weights have them. It takes
+  plain lists, of averages for instance, for models that have some.
+- `MultiOptimizer.apply` takes lists without probes: it counts its variables.
+
+On TensorFlow, there is `tensorflow_hooks.py` in their place.
 
 Whoever trains without an AdaFisher notices none of it. Until a model is
 wrapped, `compile` is all that differs from Keras: see `compile_hook.py`.
@@ -32,6 +37,7 @@ from keras_adafisher.integration.custom_loops import choice_of
 from keras_adafisher.integration.custom_loops import run_step
 from keras_adafisher.integration.layers import layers_in
 from keras_adafisher.optimizer.arguments import RULES
+from keras_adafisher.probe import BackendProbe
 from keras_adafisher.probe import probe_of
 from keras_adafisher.probe import with_probes
 from keras_adafisher.steps import current
@@ -52,17 +58,23 @@ def install():
     keras.Model.make_train_function = _hooked_make_train_function(
         keras.Model.make_train_function
     )
+    for optimizer_class in (
+        keras.optimizers.LossScaleOptimizer,
+        keras.optimizers.MultiOptimizer,
+    ):
+        optimizer_class.build = _hooked_build(optimizer_class.build)
+    if keras.backend.backend() == "tensorflow":
+        from keras_adafisher.integration import tensorflow_hooks
+
+        tensorflow_hooks.install()
+    if not BackendProbe.is_listed:
+        return
     for name in ("trainable_variables", "trainable_weights"):
         hooked = _hooked_list(getattr(keras.layers.Layer, name))
         setattr(keras.layers.Layer, name, hooked)
     keras.layers.Layer.stateless_call = _hooked_stateless_call(
         keras.layers.Layer.stateless_call
     )
-    for optimizer_class in (
-        keras.optimizers.LossScaleOptimizer,
-        keras.optimizers.MultiOptimizer,
-    ):
-        optimizer_class.build = _hooked_build(optimizer_class.build)
     keras.optimizers.MultiOptimizer.apply = _hooked_apply(
         keras.optimizers.MultiOptimizer.apply
     )
@@ -172,11 +184,7 @@ def _hooked_list(variables):
     def and_probes(self):
         found = variables.fget(self)
         step = current()
-        # Without taps, a tape has no gradients for probes: `None` in a list in
-        # which other code expects tensors. (On JAX they are zeros, and what is
-        # passed along has the same length on all steps.)
-        is_plain = step is not None and step.mode == "plain"
-        if step is None or (is_plain and keras.backend.backend() != "jax"):
+        if step is None:
             return found
         probes = with_probes(found)[len(found) :]
         return [*found, *(p for p in probes if step.shows(probe_of(p), found))]

@@ -63,6 +63,10 @@ class Measuring:
         for probe in probes:
             probe.remove_optimizer(self)
 
+    def measuring_probes(self) -> list[Probe]:
+        """List of the probes that the optimizer measures with."""
+        return [factors.probe for factors in self._store.block_factors]
+
     def trains_only(self, known: Collection[int]) -> bool:
         """Whether all weights that the optimizer trains are known.
 
@@ -145,13 +149,18 @@ class Measuring:
         ]
         if unusable and not self._has_warned_of_dropped:
             self._has_warned_of_dropped = True
+            cause = "The loss may not be finite."
+            if BackendProbe.is_listed:
+                cause = (
+                    "Either the loss isn't finite, or something changes "
+                    "gradients before the optimizer gets them: noise, for "
+                    "instance. Leave out the last of them then, those of "
+                    "variables with `overwrite_with_gradient`."
+                )
             warnings.warn(
                 "AdaFisher has dropped most of what it measured for "
                 f"{', '.join(unusable)}, since it isn't finite or is negative, "
-                "which a mean square can't be. Either the loss isn't finite, "
-                "or something changes gradients before the optimizer gets "
-                "them: noise, for instance. Leave out the last of them then, "
-                "those of variables with `overwrite_with_gradient`.",
+                f"which a mean square can't be. {cause}",
                 stacklevel=2,
             )
 
@@ -171,20 +180,18 @@ class Measuring:
         """Whether mean squares are measured."""
         return are_measured(update, self.factor_update_steps)
 
-    def _update_factors(self, answers, step):
+    def _update_factors(self, gradients, step):
         """Take in what the probes answered.
 
         Args:
-            answers: Dict from the id of a probe's variable to its gradient.
+            gradients: Dict from the id of a variable to its gradient.
             step: The number of this step, counted from 0.
         """
         measuring = self._update.is_measuring
         if measuring is False:
             return
-        found = self._answers_by_probe(answers)
-        probes = [
-            f.probe for f in self._store.block_factors if id(f.probe) in found
-        ]
+        found = self._answers_by_probe(gradients)
+        probes = [p for p in self.measuring_probes() if id(p) in found]
         count = self.gradient_accumulation_steps or 1
         is_first = count == 1 or backend.is_traced(step) or step % count == 0
         # Without an answer for any use of a weight, its gradient has to do.
@@ -229,19 +236,13 @@ class Measuring:
 
         self._assign_if(measuring, store.variables, new_values)
 
-    def _answers_by_probe(self, answers):
+    def _answers_by_probe(self, gradients):
         """Dict from the id of each probe that has answered to its answer."""
-        step = steps.current()
-        found = {}
-        for factors in self._store.block_factors:
-            probe = factors.probe
-            answer = probe.answer_in(answers)
-            # JAX has a gradient, of zeros, for what isn't used too.
-            if step is not None and id(probe) not in step.answering:
-                answer = None
-            if answer is not None:
-                found[id(probe)] = answer
-        return found
+        found = {
+            id(probe): probe.answer_in(gradients)
+            for probe in self.measuring_probes()
+        }
+        return {key: found[key] for key in found if found[key] is not None}
 
     def _warn_of_missing_answers(self):
         """Warn once if no layer has reported what should have been seen."""

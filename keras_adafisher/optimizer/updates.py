@@ -79,7 +79,8 @@ class Updates:
                 "model can be factored.",
                 stacklevel=2,
             )
-        # In a training step, lists have the probes too, behind the others.
+        # On JAX, lists have the probes too in a training step, behind the
+        # others.
         variables = [v for v in variables if probe_of(v) is None]
         weight_count = len(variables)
         variables = with_probes(variables)
@@ -195,15 +196,14 @@ class Updates:
 
         # Keras' part of the work (clipping, weight decay, accumulation,
         # averages, all-reduce) never sees a probe.
-        answers = {}
+        gradients = {}
         parameters = []
         parameter_grads = []
         for gradient, variable in zip(grads, trainable_variables, strict=True):
+            gradients[id(variable)] = gradient
             if probe_of(variable) is None:
                 parameters.append(variable)
                 parameter_grads.append(gradient)
-            elif gradient is not None:
-                answers[id(variable)] = gradient
 
         if any(self._index_of(variable) is None for variable in parameters):
             # Keras' own error, before the factors have changed.
@@ -220,7 +220,7 @@ class Updates:
             is_measuring=not is_plain and self._is_measuring(step),
         )
         try:
-            self._update_factors(answers, step)
+            self._update_factors(gradients, step)
             for factors in self._store.block_factors:
                 factors.probe.clear_answer()
             super().apply(parameter_grads, parameters)

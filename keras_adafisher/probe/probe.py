@@ -16,11 +16,12 @@ sum of the ones tells how many there were. A layer that isn't called has none.
 There are taps in a training step only, and which of them answer, `steps.Step`
 says. Anything else, an evaluation for instance, sees the plain layer.
 
-On TensorFlow and JAX, answers travel in the list of gradients, where other code
-may look at them: it clips by a global norm, or adds a penalty. So they are
-scaled by a power of two, which floating point does exactly. They are then too
-small to be noticed there, and the optimizer gets back what was measured, bit by
-bit. On PyTorch a probe is a tensor that no list has.
+On JAX, answers travel in the list of gradients, where other code may look at
+them: it clips by a global norm, or adds a penalty. So they are scaled by a
+power of two, which floating point does exactly. They are then too small to be
+noticed there, and the optimizer gets back what was measured, bit by bit. On
+TensorFlow and PyTorch no list has a probe: a tape is asked for the gradients of
+probes beside those of parameters, and a backward pass leaves them on probes.
 """
 
 import math
@@ -51,14 +52,16 @@ class Probe:
         sizes: List of ints that add up to `size`, those of these parts.
         variable: `keras.Variable` of shape `(size,)`, which has to be
             differentiated with the parameters. `None` on PyTorch.
+        is_listed: Bool, whether lists of variables have it while a training
+            step runs.
         optimizers: List of the AdaFishers that have been built for the block,
             of those that are still there.
     """
 
-    # What answers are multiplied by on their way, see the top. It is 9e-13: a
-    # mean square of 1e4 adds nothing to a gradient's norm of 1 in float32, and
-    # one of 1e-25 doesn't vanish yet.
-    ANSWER_SCALE = 2.0**-40
+    is_listed = False
+
+    # What answers are multiplied by on their way, see the top.
+    ANSWER_SCALE = 1.0
 
     # What to do if no layer has reported anything.
     HOW_TO_MEASURE = (
@@ -162,7 +165,8 @@ class Probe:
         """The gradient of the probe.
 
         Args:
-            gradients: Dict from the id of a probe's variable to its gradient.
+            gradients: Dict from the id of a variable to its gradient: of all
+                variables that the optimizer is given.
 
         Returns:
             Tensor, or `None` if there is none. On PyTorch a list of tensors,

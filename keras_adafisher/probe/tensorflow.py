@@ -1,5 +1,10 @@
-"""TensorFlow's probes: `tf.distribute` makes its replicas visible."""
+"""TensorFlow's probes: variables that tapes know, and no list has.
 
+`integration/tensorflow_hooks.py` asks tapes for their gradients, and keeps
+these here until the optimizer is applied.
+"""
+
+import dataclasses
 import re
 
 import tensorflow as tf
@@ -14,8 +19,74 @@ _MIRRORED = (
 )
 
 
+@dataclasses.dataclass
+class _Answers:
+    """What tapes have returned to one replica.
+
+    Attributes:
+        found: List of pairs of an answer and its parameter's gradient.
+        are_read: Bool, whether an optimizer has taken them in.
+    """
+
+    found: list = dataclasses.field(default_factory=list)
+    are_read: bool = False
+
+
 class TensorFlowProbe(Probe):
     """Where one block reports what it measures, on TensorFlow."""
+
+    HOW_TO_MEASURE = (
+        "In a custom training loop, decorate the step with "
+        "`keras_adafisher.training_step(optimizer)`. Compute gradients in it "
+        "by `tf.GradientTape.gradient`, where they are applied too, not in a "
+        "`tf.function` or a loop of TensorFlow's inside of it."
+    )
+
+    def __init__(self, block, host, name="probe"):
+        super().__init__(block, host, name)
+        # By the number of the replica.
+        self._answers = {}
+
+    @property
+    def trained_parameter(self):
+        """The block's weight or, if it is frozen, what else is trained."""
+        return next((p for p in self.block.parameters if p.trainable), None)
+
+    def keep(self, answer, gradient):
+        """Keep an answer until the optimizer is applied.
+
+        Args:
+            answer: Tensor, the gradient of the probe.
+            gradient: The gradient of `trained_parameter` that the same tape
+                returned with it.
+        """
+        answers = self._answers.setdefault(_replica(), _Answers())
+        if answers.are_read:
+            # An optimizer was applied since. Others that share the layer may
+            # have been too.
+            answers.found = []
+            answers.are_read = False
+        answers.found.append((answer, gradient))
+
+    def answer_in(self, gradients):
+        kept = self._answers.get(_replica(), _Answers()).found
+        kept = [pair for pair in kept if _is_known_here(pair[0])]
+        if not kept:
+            return None
+        # If the weight's gradient is one that a tape has returned, the answer
+        # is the one beside it. Otherwise it is made of those there are: the
+        # sum over several batches, or a multiple of it.
+        given = gradients.get(id(self.trained_parameter))
+        same = [answer for answer, gradient in kept if gradient is given]
+        return tf.add_n(same[:1] or [answer for answer, _ in kept])
+
+    def clear_answer(self):
+        if _replica() in self._answers:
+            self._answers[_replica()].are_read = True
+
+    def forget_answers(self):
+        """Drop what the tapes of a step have returned."""
+        self._answers.pop(_replica(), None)
 
     def identity(self, z, h, request):
         # `tf.vectorized_map` converts what a function consists of, and drops
@@ -95,3 +166,29 @@ class TensorFlowProbe(Probe):
             tape.watch(inputs)
             loss = compute_loss(*data)
         return tape.gradient(loss, inputs)
+
+
+def _replica():
+    """The number of the replica that runs, or `None` if no one knows it."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None:
+        return None
+    number = tf.get_static_value(replica.replica_id_in_sync_group)
+    return None if number is None else int(number)
+
+
+def _is_known_here(tensor):
+    """Whether a tensor can be used in the graph that is being made.
+
+    What a loop or a function inside of the step has computed can't.
+    """
+    graph = getattr(tensor, "graph", None)
+    if graph is None:
+        # It was computed eagerly.
+        return True
+    if tf.executing_eagerly():
+        return False
+    here = tf.compat.v1.get_default_graph()
+    while here is not None and here is not graph:
+        here = getattr(here, "outer_graph", None)
+    return here is graph

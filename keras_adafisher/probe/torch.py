@@ -37,9 +37,6 @@ class TorchProbe(Probe):
         is_requested: Bool, whether a compiled function measures.
     """
 
-    # No list of gradients has an answer in it.
-    ANSWER_SCALE = 1.0
-
     HOW_TO_MEASURE = (
         "Call the wrapped model itself, not what `torch.jit.trace` or "
         "`torch.export` made of it, and not within a transform of `torch.func`."

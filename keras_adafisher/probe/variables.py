@@ -36,19 +36,17 @@ def with_probes(variables):
         variables: List of variables.
 
     Returns:
-        List. On PyTorch, where probes are no variables, an equal one.
+        List. On TensorFlow and PyTorch, where probes are in no list, an equal
+        one.
     """
     known = {id(variable) for variable in variables}
     # What is estimated has no tap, and its probe never has a gradient.
     probes = [
         probe.variable
         for probe in probes_of(variables)
-        if not probe.block.is_estimated
+        if probe.is_listed and not probe.block.is_estimated
     ]
-    return [
-        *variables,
-        *(v for v in probes if v is not None and id(v) not in known),
-    ]
+    return [*variables, *(v for v in probes if id(v) not in known)]
 
 
 def mark_parameters(probe):

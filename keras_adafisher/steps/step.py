@@ -1,12 +1,14 @@
 """What a training step is.
 
-While a step runs, and only then, the `trainable_variables` of models end with
-the probes (`probe/probe.py`), because what is differentiated and what the
-optimizer gets is taken from there. (Which lists do, `Step.shows` decides.)
-`fit` and `train_on_batch` make a step of a model's `train_step`
+While a step runs, and only then, layers have taps (`probe/probe.py`). `fit` and
+`train_on_batch` make a step of a model's `train_step`
 (`integration/keras_hooks.py`), a custom loop decorates its function with
-`training_step` (`integration/custom_loops.py`). On PyTorch, probes are in no
-list, and nothing has to be done.
+`training_step` (`integration/custom_loops.py`). On PyTorch, nothing has to be
+done.
+
+On JAX, the `trainable_variables` of models end with the probes in a step,
+because what is differentiated and what the optimizer gets is taken from there.
+(Which lists do, `Step.shows` decides.)
 """
 
 import contextlib
@@ -37,7 +39,7 @@ class Step:
             the beginning of the step, where state is passed along.
 
     Attributes:
-        answering: Set of the ids of the probes that this step requests.
+        answering: Dict from its id to each probe that this step requests.
         raises_if_applied_again: Bool. See `count_apply`.
     """
 
@@ -46,7 +48,7 @@ class Step:
         self.mode = mode
         self._wanted = wanted
         self._state = state or {}
-        self.answering = set()
+        self.answering = {}
         self._applied = set()
         self._hidden = frozenset()
         self.raises_if_applied_again = False
@@ -65,25 +67,33 @@ class Step:
             return False
         wanted = self._is_wanted(probe)
         if wanted is not False:
-            self.answering.add(id(probe))
+            self.answering[id(probe)] = probe
             if self.mode == "measure":
                 return True
         return wanted
 
+    def probes(self):
+        """List of the probes that may answer in this step."""
+        found = dict(self.answering)
+        # A function that was traced in an earlier step has requested some.
+        for optimizer in self.optimizers:
+            if optimizer.built:
+                found.update(
+                    (id(probe), probe) for probe in optimizer.measuring_probes()
+                )
+        return list(found.values())
+
     def shows(self, probe, variables):
         """Whether a list of variables ends with a probe in this step.
 
-        Where state is passed along, programs cut it, which has all weights
+        Programs cut the state that is passed along, which has all weights
         before all probes, by the lengths of models' lists. So those that have
         only a part of what an optimizer trains end with none of its probes.
-        Elsewhere, programs differentiate with respect to such lists.
 
         Args:
             probe: `Probe` of a block with a parameter in the list.
             variables: List of variables.
         """
-        if self._wanted is None:
-            return True
         known = set(map(id, variables))
         concerned = [o for o in self.optimizers if o in probe.optimizers]
         return not concerned or any(o.trains_only(known) for o in concerned)

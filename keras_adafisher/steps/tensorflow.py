@@ -10,7 +10,12 @@ def run(make_step, inner, optimizers, function, args, kwargs, once):
     def run_in(mode, is_branch=False):
         with make_step(mode) as step:
             step.raises_if_applied_again = is_branch
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                # Of a step that wasn't applied, for instance.
+                for probe in step.probes():
+                    probe.forget_answers()
 
     if not inner:
         return run_in("plain")

@@ -1,0 +1,270 @@
+"""What tapes are asked for beside what their caller wants, on TensorFlow.
+
+The number of calls in an answer tells which backward passes it is made of.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+from models import assert_close
+from models import to_numpy
+
+import keras_adafisher
+from keras_adafisher.probe import probes_at
+
+X = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+SCALES = np.array([1.0, 2.0, 4.0], "float32")
+
+
+class Trained:
+    """A dense layer, trained by loops of one's own."""
+
+    def __init__(self):
+        self.layer = keras.layers.Dense(2, use_bias=False)
+        self.model = keras.Sequential([keras.Input((3,)), self.layer])
+        keras_adafisher.wrap(self.model)
+        self.optimizer = keras_adafisher.AdaFisher(
+            0.0, factor_update_steps=1, gamma_1=0.5, gamma_2=0.5
+        )
+        self.optimizer.build(self.model.trainable_variables)
+
+    @property
+    def variables(self):
+        return self.model.trainable_variables
+
+    def run(self, function, *args, eagerly=False):
+        step = keras_adafisher.training_step(self.optimizer)(function)
+        return (step if eagerly else tf.function(step))(*args)
+
+    def loss(self, x):
+        return ops.mean(ops.square(self.model(x, training=True)))
+
+    def gradients(self, x):
+        with tf.GradientTape() as tape:
+            loss = self.loss(x)
+        return tape.gradient(loss, self.variables)
+
+    def apply(self, gradients):
+        self.optimizer.apply(gradients, self.variables)
+
+    def diagonal(self):
+        return to_numpy(self.optimizer.preconditioner(self.layer.kernel))
+
+    @property
+    def source(self):
+        (row,) = keras_adafisher.coverage(self.model).rows
+        return row.source
+
+
+def diagonal_after(x):
+    """What the factors are after a plain step on a batch."""
+    trained = Trained()
+    trained.run(lambda: trained.apply(trained.gradients(x)))
+    assert trained.source == "measured"
+    return trained.diagonal()
+
+
+@pytest.fixture(autouse=True)
+def _same_weights(_fresh_state):
+    keras.utils.set_random_seed(0)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda variables: variables,
+        lambda variables: [v.value for v in variables],
+        lambda variables: {"nested": tuple(variables)},
+        lambda variables: variables[0],
+    ],
+    ids=["list", "of TensorFlow", "nested", "one"],
+)
+def test_the_caller_gets_what_it_asks_for(make, eagerly):
+    trained = Trained()
+    sources = make(trained.variables)
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = trained.loss(X)
+        found = tape.gradient(loss, sources)
+        tf.nest.assert_same_structure(found, sources)
+        flat = tf.nest.flatten(found)
+        assert [g.shape for g in flat] == [(3, 2)]
+        trained.apply(flat)
+
+    trained.run(step, eagerly=eagerly)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_tape_that_watches_what_it_is_told_to():
+    trained = Trained()
+
+    def step():
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([v.value for v in trained.variables])
+            loss = trained.loss(X)
+        trained.apply(tape.gradient(loss, trained.variables))
+
+    trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_zeros_for_what_is_not_connected():
+    """A layer that the loss doesn't depend on measures nothing."""
+    trained = Trained()
+
+    def step(scale):
+        variables = [v.value for v in trained.variables]
+        with tf.GradientTape() as tape:
+            loss = trained.loss(X) if scale else tf.constant(0.0)
+        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")
+        trained.apply(gradients)
+
+    (probe,) = probes_at(trained.layer.kernel)
+    for scale, records in ((0, (0, 0, False)), (1, (1, 0, False))):
+        trained.run(step, scale)
+        assert trained.optimizer.records_of(probe) == records
+
+
+def test_what_a_tape_has_watched():
+    trained = Trained()
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = trained.loss(X)
+        variables = tape.watched_variables()
+        assert [v is trained.layer.kernel.value for v in variables] == [True]
+        gradients = tape.gradient(loss, variables)
+        trained.optimizer.apply(gradients, variables)
+
+    trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_gradient_for_an_input_is_no_measurement():
+    """The gradient penalty of WGAN-GP, of inputs with other scales."""
+    trained = Trained()
+
+    def step():
+        with tf.GradientTape() as tape:
+            loss = trained.loss(X)
+            x = tf.constant(X * SCALES)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                z = ops.sum(trained.model(x))
+            loss += 0.0 * ops.sum(ops.square(inner.gradient(z, x)))
+        trained.apply(tape.gradient(loss, trained.variables))
+
+    trained.run(step)
+    # Autodiff sums over both calls, the second with a gradient of zeros.
+    (probe,) = probes_at(trained.layer.kernel)
+    assert trained.optimizer.records_of(probe) == (1, 0, False)
+
+
+def test_the_gradients_that_are_applied_are_those_that_count():
+    """Sharpness-aware minimization: of two backward passes, the second."""
+    trained = Trained()
+
+    def step():
+        trained.gradients(X * SCALES)
+        gradients = trained.gradients(X)
+        trained.gradients(X / SCALES)
+        trained.apply(gradients)
+
+    trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_gradients_that_are_summed_up_by_hand():
+    """All batches count, as in one that has all of them."""
+    trained = Trained()
+
+    def step():
+        batches = [trained.gradients(X), trained.gradients(X * SCALES)]
+        trained.apply([sum(gs) / 2 for gs in zip(*batches, strict=True)])
+
+    trained.run(step)
+    (probe,) = probes_at(trained.layer.kernel)
+    assert trained.optimizer.records_of(probe) == (1, 0, False)
+    keras.utils.set_random_seed(0)
+    both = diagonal_after(np.concatenate([X, X * SCALES]))
+    # Of each product of two factors, that of the inputs.
+    damping = trained.optimizer.damping
+    ratios = [
+        (d[:, 0] - damping) / (d[0, 0] - damping)
+        for d in (trained.diagonal(), both)
+    ]
+    np.testing.assert_allclose(*ratios, rtol=1e-5)
+
+
+def test_a_step_that_is_not_applied_leaves_nothing():
+    trained = Trained()
+    trained.run(lambda: trained.gradients(X * SCALES)[0])
+    trained.run(lambda: trained.apply(trained.gradients(X)))
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_function_that_is_the_whole_step():
+    """As a `train_step` with a decorator of its own."""
+    trained = Trained()
+    whole = tf.function(lambda: trained.apply(trained.gradients(X)))
+    trained.run(lambda: whole())
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_function_that_is_a_part_of_the_model():
+    """It is traced in the first step, and not in the second."""
+    trained = Trained()
+    loss_of = tf.function(trained.loss)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = loss_of(x)
+        trained.apply(tape.gradient(loss, trained.variables))
+
+    for _ in range(2):
+        trained.run(step, tf.constant(X), eagerly=True)
+        (probe,) = probes_at(trained.layer.kernel)
+    assert trained.optimizer.records_of(probe) == (2, 0, False)
+
+
+@pytest.mark.parametrize("kind", ["function", "loop"])
+def test_gradients_from_a_function_or_a_loop_inside_are_estimated(kind):
+    """No more of it comes out than is returned. A warning says so."""
+    trained = Trained()
+
+    def with_function(x):
+        trained.apply(tf.function(trained.gradients)(x))
+
+    def with_loop(x):
+        zeros = [tf.zeros(v.shape) for v in trained.variables]
+        _, *gradients = tf.while_loop(
+            lambda n, *sums: n < 2,
+            lambda n, *sums: (n + 1, *map(tf.add, sums, trained.gradients(x))),
+            (tf.constant(0), *zeros),
+        )
+        trained.apply(gradients)
+
+    steps = {"function": with_function, "loop": with_loop}
+    with pytest.warns(UserWarning, match="not in a `tf.function` or a loop"):
+        trained.run(steps[kind], tf.constant(X))
+    assert trained.source == "estimated"
+
+
+def test_outside_of_steps_tapes_are_tensorflows_own():
+    trained = Trained()
+    with tf.GradientTape() as tape:
+        loss = trained.loss(X)
+    (gradient,) = tape.gradient(loss, trained.variables)
+    assert gradient.shape == (3, 2)
+    (probe,) = probes_at(trained.layer.kernel)
+    assert probe.answer_in({}) is None
