@@ -316,6 +316,35 @@ def test_optimizers_of_models_that_share_a_layer_measure_it():
 
 
 @pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="JAX passes one optimizer's state, PyTorch needs no step",
+)
+def test_optimizers_that_are_built_in_the_step():
+    """With slices of one list of gradients, from its end too."""
+
+    class Two(Parts):
+        def train_step(self, batch):
+            x, y, *_ = batch
+            with tensorflow.GradientTape() as tape:
+                loss = ops.mean(ops.square(self(x, training=True) - y))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            first, second = (p.trainable_variables for p in self.layers)
+            self.two[0].apply(gradients[: len(first)], first)
+            self.two[1].apply(gradients[-len(second) :], second)
+            return {"mse": loss}
+
+    model = Two()
+    x, y = data()
+    model(x)
+    keras_adafisher.wrap(model)
+    model.two = [keras_adafisher.AdaFisher(), keras_adafisher.AdaFisherW()]
+    model.compile("sgd")
+    model.fit(x, y, epochs=2, verbose=0)
+    rows = keras_adafisher.coverage(model).rows
+    assert [row.source for row in rows] == ["measured"] * 8
+
+
+@pytest.mark.skipif(
     BACKEND != "tensorflow", reason="JAX and PyTorch read no list in a step"
 )
 def test_what_is_frozen_later_hides_no_probe():
@@ -388,6 +417,34 @@ def test_a_step_may_call_the_model_with_averages_of_its_weights():
     model.fit(x, y, epochs=3, verbose=0)
     rows = keras_adafisher.coverage(model).rows
     assert {row.source for row in rows} == {"measured"}
+
+
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="TensorFlow and PyTorch have no stateless steps"
+)
+def test_a_step_that_measures_nothing_is_told_of():
+    """Its gradients of probes are zeros: nothing else tells of it."""
+
+    class WithScope(Parts):
+        def train_step(self, state, batch):
+            x, y, *_ = batch
+            parts = [v for p in self.layers for v in p.trainable_variables]
+
+            def outputs_of(weights):
+                mapping = zip(parts, weights, strict=False)
+                with keras.StatelessScope(mapping):
+                    return self(x)
+
+            return self.jax_step(state, y, outputs_of)
+
+    model = WithScope()
+    x, y = data()
+    model(x)
+    model.compile(keras_adafisher.AdaFisher())
+    with pytest.warns(
+        UserWarning, match="measured nothing so far for .*, which it trains"
+    ):
+        model.fit(x, y, verbose=0)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])

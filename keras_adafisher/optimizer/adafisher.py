@@ -245,6 +245,7 @@ class AdaFisher(
         self._has_warned = False
         self._has_warned_of_dropped = False
         self._has_warned_of_missing = False
+        self._has_warned_of_trained = False
         self._has_warned_of_turns = False
         # Sets of the numbers of parameters that it is applied to.
         self._applied_to = ()

@@ -130,7 +130,7 @@ class Measuring:
         """Set the final value of model's trainable variables.
 
         `fit` calls it at its end. It warns if there are layers of which no
-        measurement could be used.
+        measurement could be used, or nothing was measured though they train.
 
         Args:
             var_list: list of model variables.
@@ -140,13 +140,22 @@ class Measuring:
         has_failed = sys.exc_info()[0] is not None
         if has_failed or not self.built or not self._store.block_factors:
             return
-        unusable = [
-            factors.block.parameters[0].path
-            for factors, (taken, dropped) in zip(
-                self._store.block_factors, self._store.counts().T, strict=True
-            )
-            if dropped > taken
-        ]
+        counts = list(
+            zip(self._store.block_factors, *self._store.counts(), strict=True)
+        )
+        self._warn_of_dropped(
+            [f for f, taken, dropped in counts if dropped > taken]
+        )
+        self._warn_of_trained(
+            [f for f, taken, dropped in counts if taken == dropped == 0]
+        )
+
+    def _warn_of_dropped(self, unusable):
+        """Warn once of blocks most of whose measurements were dropped.
+
+        Args:
+            unusable: List of their `BlockFactors`.
+        """
         if unusable and not self._has_warned_of_dropped:
             self._has_warned_of_dropped = True
             cause = "The loss may not be finite."
@@ -159,9 +168,35 @@ class Measuring:
                 )
             warnings.warn(
                 "AdaFisher has dropped most of what it measured for "
-                f"{', '.join(unusable)}, since it isn't finite or is negative, "
+                f"{_paths(unusable)}, since it isn't finite or is negative, "
                 f"which a mean square can't be. {cause}",
-                stacklevel=2,
+                stacklevel=3,
+            )
+
+    def _warn_of_trained(self, unmeasured):
+        """Warn once of blocks that nothing is known of, though they train.
+
+        Args:
+            unmeasured: List of the `BlockFactors` that have taken in nothing.
+        """
+        if self._has_warned_of_trained:
+            return
+        trained = []
+        for factors in unmeasured:
+            indices = map(self._index_of, factors.block.parameters)
+            momentums = [self._momentums[i] for i in indices if i is not None]
+            if any(
+                ops.convert_to_numpy(ops.any(ops.not_equal(momentum, 0)))
+                for momentum in momentums
+            ):
+                trained.append(factors)
+        if trained:
+            self._has_warned_of_trained = True
+            warnings.warn(
+                "AdaFisher has measured nothing so far for "
+                f"{_paths(trained)}, which it trains: their Kronecker factors "
+                f"are 1, as they began. {BackendProbe.HOW_TO_MEASURE}",
+                stacklevel=3,
             )
 
     def _updates_before(self, step):
@@ -344,6 +379,11 @@ def values_in_branch(condition, variables, new_values):
         return new()
     values = backend.cond(condition, new, lambda: _present_values(variables))
     return _laid_out(values, variables)
+
+
+def _paths(several):
+    """The names of some `BlockFactors`' weights, for a message."""
+    return ", ".join(f.block.parameters[0].path for f in several)
 
 
 def _present_values(variables):
