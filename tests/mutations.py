@@ -35,11 +35,14 @@ STORE = "factors/store.py"
 BLOCK = "factors/block_factors.py"
 FACTORS = "factors/normalization.py"
 HOOKS = "integration/keras_hooks.py"
+JAX_HOOKS = "integration/jax_hooks.py"
+TAPE_HOOKS = "integration/tensorflow_hooks.py"
 STATISTICS = "statistics.py"
 SEGMENTS = "factors/segments.py"
 PROBE = "probe/probe.py"
 PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
+TAPE_PROBE = "probe/tensorflow.py"
 STEPS = "steps/step.py"
 WRAPPER = "wrappers/base.py"
 UPDATE = "optimizer/torch_update.py"
@@ -632,9 +635,58 @@ MUTATIONS = [
         "jax",
     ),
     Mutation(
-        HOOKS,
+        JAX_HOOKS,
         "with step.without(hidden):",
         "with step.without(set()):",
+        "test_invisible",
+        "jax",
+    ),
+    Mutation(
+        TAPE_HOOKS,
+        "and _key(probe.trained_parameter) in known",
+        "and True",
+        "test_sharing",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_HOOKS,
+        "watch(self, [probe.variable.value for probe in probes])",
+        "pass",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "same[:1] or ",
+        "",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "if answers.are_read:",
+        "if False:",
+        "test_tapes test_sharing test_invisible",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "self._answers.pop(_replica(), None)",
+        "pass",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "kept = [pair for pair in kept if _is_known_here(pair[0])]",
+        "pass",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        MEASURING,
+        "if taken == dropped == 0]",
+        "if taken == dropped == -1]",
         "test_invisible",
         "jax",
     ),

@@ -204,10 +204,62 @@ def test_gradients_that_are_summed_up_by_hand():
     np.testing.assert_allclose(*ratios, rtol=1e-5)
 
 
-def test_a_step_that_is_not_applied_leaves_nothing():
+def test_a_layer_that_two_optimizers_train():
+    """Both gradients are there before one is applied, as in many GANs."""
+
+    def shared():
+        trained = Trained()
+        other = keras_adafisher.AdaFisher(
+            0.0, factor_update_steps=1, gamma_1=0.5, gamma_2=0.5
+        )
+        other.build(trained.variables)
+        return trained, other
+
+    trained, other = shared()
+
+    @tf.function
+    @keras_adafisher.training_step(trained.optimizer, other)
+    def step():
+        first = trained.gradients(X)
+        second = trained.gradients(X * SCALES)
+        trained.apply(first)
+        other.apply(second, trained.variables)
+
+    step()
+    diagonals = [
+        to_numpy(o.preconditioner(trained.layer.kernel))
+        for o in (trained.optimizer, other)
+    ]
+    expected = []
+    for x in (X, X * SCALES):
+        keras.utils.set_random_seed(0)
+        expected.append(diagonal_after(x))
+    assert_close(diagonals, expected, 1e-6)
+
+
+def test_what_was_applied_counts_no_more():
+    """Also if gradients are changed, so that nothing tells whose they are."""
+    trained, expected = Trained(), Trained()
+    expected.layer.set_weights(trained.layer.get_weights())
+
+    def changed(x):
+        trained.apply([2.0 * g for g in trained.gradients(x)])
+
+    trained.run(lambda: [changed(x) for x in (X * SCALES, X)] and None)
+    for x in (X * SCALES, X):
+        expected.run(lambda x=x: expected.apply(expected.gradients(x)))
+    assert_close([trained.diagonal()], [expected.diagonal()], 1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_a_step_that_is_not_applied_leaves_nothing(eagerly):
     trained = Trained()
-    trained.run(lambda: trained.gradients(X * SCALES)[0])
-    trained.run(lambda: trained.apply(trained.gradients(X)))
+    trained.run(lambda: trained.gradients(X * SCALES)[0], eagerly=eagerly)
+
+    def step():
+        trained.apply([1.0 * g for g in trained.gradients(X)])
+
+    trained.run(step, eagerly=eagerly)
     keras.utils.set_random_seed(0)
     assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
 
