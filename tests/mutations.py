@@ -43,6 +43,7 @@ PROBE = "probe/probe.py"
 PROBES = "probe/variables.py"
 TORCH_PROBE = "probe/torch.py"
 TAPE_PROBE = "probe/tensorflow.py"
+TAPES = "probe/tapes.py"
 STEPS = "steps/step.py"
 WRAPPER = "wrappers/base.py"
 UPDATE = "optimizer/torch_update.py"
@@ -645,7 +646,7 @@ MUTATIONS = [
         TAPE_HOOKS,
         "and _key(probe.trained_parameter) in known",
         "and True",
-        "test_sharing",
+        "test_tapes",
         "tensorflow",
     ),
     Mutation(
@@ -657,15 +658,15 @@ MUTATIONS = [
     ),
     Mutation(
         TAPE_PROBE,
-        "same[:1] or ",
-        "",
+        "return same or kept",
+        "return kept",
         "test_tapes",
         "tensorflow",
     ),
     Mutation(
         TAPE_PROBE,
-        "if answers.are_read:",
-        "if False:",
+        "if not kept.readers]",
+        "]",
         "test_tapes test_sharing test_invisible",
         "tensorflow",
     ),
@@ -678,7 +679,49 @@ MUTATIONS = [
     ),
     Mutation(
         TAPE_PROBE,
-        "kept = [pair for pair in kept if _is_known_here(pair[0])]",
+        "if given and is_known_here(answer.tensor)",
+        "if given",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "if given and is_known_here(answer.tensor)",
+        "if is_known_here(answer.tensor)",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_PROBE,
+        "if id(optimizer) not in answer.readers",
+        "",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPES,
+        "if key not in self._behind and key in self._numbers:",
+        "if False:",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPES,
+        'if tensor.op.type != "Placeholder":',
+        "if True:",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_HOOKS,
+        "[] if in_vectorized_map() else _probes_of(sources)",
+        "_probes_of(sources)",
+        "test_tapes",
+        "tensorflow",
+    ),
+    Mutation(
+        TAPE_HOOKS,
+        "probe.select(gradients)",
         "pass",
         "test_tapes",
         "tensorflow",

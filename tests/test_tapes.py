@@ -167,7 +167,20 @@ def test_a_gradient_for_an_input_is_no_measurement():
     assert trained.optimizer.records_of(probe) == (1, 0, False)
 
 
-def test_the_gradients_that_are_applied_are_those_that_count():
+# What may become of gradients before they are applied.
+CHANGES = {
+    "as they are": lambda gradients: gradients,
+    "clipped": lambda gradients: tf.clip_by_global_norm(gradients, 1e-3)[0],
+    "in a branch": lambda gradients: tf.cond(
+        tf.reduce_sum(gradients[0]) < 1e9,
+        lambda: [2.0 * g for g in gradients],
+        lambda: gradients,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_gradients_that_are_applied_are_those_that_count(change):
     """Sharpness-aware minimization: of two backward passes, the second."""
     trained = Trained()
 
@@ -175,9 +188,126 @@ def test_the_gradients_that_are_applied_are_those_that_count():
         trained.gradients(X * SCALES)
         gradients = trained.gradients(X)
         trained.gradients(X / SCALES)
-        trained.apply(gradients)
+        trained.apply(CHANGES[change](gradients))
 
     trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_they_are_those_before_the_scale_of_the_loss_is_undone(eagerly):
+    trained = Trained()
+    scaled = keras.optimizers.LossScaleOptimizer(trained.optimizer)
+    scaled.build(trained.variables)
+
+    def step():
+        found = []
+        for x in (X * SCALES, X, X / SCALES):
+            with tf.GradientTape() as tape:
+                loss = scaled.scale_loss(trained.loss(x))
+            found.append(tape.gradient(loss, trained.variables))
+        scaled.apply(found[1], trained.variables)
+
+    trained.run(step, eagerly=eagerly)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_variables_of_tensorflow_are_as_good(eagerly):
+    trained = Trained()
+    variables = [v.value for v in trained.variables]
+
+    def step():
+        found = []
+        for x in (X * SCALES, X, X / SCALES):
+            with tf.GradientTape() as tape:
+                loss = trained.loss(x)
+            found.append(tape.gradient(loss, variables))
+        trained.optimizer.apply(found[1], variables)
+
+    trained.run(step, eagerly=eagerly)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_jacobian_is_no_measurement():
+    """It is that of many losses: gradients for each example, for instance."""
+    trained = Trained()
+
+    def step():
+        with tf.GradientTape() as tape:
+            losses = ops.mean(ops.square(trained.model(X)), axis=1)
+        (found,) = tape.jacobian(losses, trained.variables)
+        trained.apply([tf.reduce_mean(found, 0)])
+
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        trained.run(step)
+    assert trained.source == "estimated"
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_an_optimizer_takes_a_measurement_once(eagerly):
+    """Also if it is applied to one list after another."""
+    layers = [keras.layers.Dense(n, use_bias=False) for n in (3, 2)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    optimizer.build(model.trainable_variables)
+
+    @keras_adafisher.training_step(optimizer)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(model(X)))
+        variables = model.trainable_variables
+        first, second = tape.gradient(loss, variables)
+        optimizer.apply([first], variables[:1])
+        optimizer.apply([second], variables[1:])
+        # Of no tape: there is no measurement for it.
+        optimizer.apply([tf.ones(v.shape) for v in variables], variables)
+
+    (step if eagerly else tf.function(step))()
+    for layer in layers:
+        (probe,) = probes_at(layer.kernel)
+        taken, dropped, is_estimated = optimizer.records_of(probe)
+        # The last one.
+        assert (taken, dropped, is_estimated) == (2, 0, True)
+
+
+def test_an_optimizer_that_is_applied_in_a_branch():
+    trained = Trained()
+
+    def step():
+        trained.gradients(X * SCALES)
+        gradients = trained.gradients(X)
+
+        def clip_and_apply():
+            trained.apply(CHANGES["clipped"](gradients))
+            return True
+
+        is_finite = tf.reduce_all(tf.math.is_finite(gradients[0]))
+        tf.cond(is_finite, clip_and_apply, lambda: False)
+
+    trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_an_attack_on_inputs_is_no_measurement(eagerly):
+    """Whatever becomes of the gradients of weights."""
+    trained = Trained()
+
+    def step():
+        x = tf.constant(X * SCALES)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = trained.loss(x)
+        assert tape.gradient(loss, x).shape == x.shape
+        trained.apply([1.0 * g for g in trained.gradients(X)])
+
+    trained.run(step, eagerly=eagerly)
     keras.utils.set_random_seed(0)
     assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
 
@@ -204,8 +334,14 @@ def test_gradients_that_are_summed_up_by_hand():
     np.testing.assert_allclose(*ratios, rtol=1e-5)
 
 
-def test_a_layer_that_two_optimizers_train():
-    """Both gradients are there before one is applied, as in many GANs."""
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_two_optimizers_train(change, eagerly):
+    """Both gradients are there before one is applied, as in many GANs.
+
+    If they are changed eagerly, the first is applied before.
+    """
+    is_known = change == "as they are" or not eagerly
 
     def shared():
         trained = Trained()
@@ -217,15 +353,19 @@ def test_a_layer_that_two_optimizers_train():
 
     trained, other = shared()
 
-    @tf.function
+    changed = CHANGES[change]
+
     @keras_adafisher.training_step(trained.optimizer, other)
     def step():
         first = trained.gradients(X)
+        if not is_known:
+            trained.apply(changed(first))
         second = trained.gradients(X * SCALES)
-        trained.apply(first)
-        other.apply(second, trained.variables)
+        if is_known:
+            trained.apply(changed(first))
+        other.apply(changed(second), trained.variables)
 
-    step()
+    (step if eagerly else tf.function(step))()
     diagonals = [
         to_numpy(o.preconditioner(trained.layer.kernel))
         for o in (trained.optimizer, other)
@@ -289,8 +429,8 @@ def test_a_function_that_is_a_part_of_the_model():
     assert trained.optimizer.records_of(probe) == (2, 0, False)
 
 
-@pytest.mark.parametrize("kind", ["function", "loop"])
-def test_gradients_from_a_function_or_a_loop_inside_are_estimated(kind):
+@pytest.mark.parametrize("kind", ["function", "loop", "branch"])
+def test_gradients_from_inside_of_another_graph_are_estimated(kind):
     """No more of it comes out than is returned. A warning says so."""
     trained = Trained()
 
@@ -306,10 +446,39 @@ def test_gradients_from_a_function_or_a_loop_inside_are_estimated(kind):
         )
         trained.apply(gradients)
 
+    def with_branch(x):
+        trained.apply(
+            tf.cond(
+                tf.reduce_sum(x) < 1e9,
+                lambda: trained.gradients(x),
+                lambda: [tf.zeros(v.shape) for v in trained.variables],
+            )
+        )
+
     steps = {"function": with_function, "loop": with_loop}
-    with pytest.warns(UserWarning, match="not in a `tf.function` or a loop"):
-        trained.run(steps[kind], tf.constant(X))
+    with pytest.warns(UserWarning, match="a loop or a branch"):
+        trained.run(steps.get(kind, with_branch), tf.constant(X))
     assert trained.source == "estimated"
+
+
+class Averages(tf.GradientTape):
+    def gradient(self, *args, **kwargs):
+        return [0.5 * g for g in super().gradient(*args, **kwargs)]
+
+
+def test_a_tape_that_may_average_over_processes():
+    trained = Trained()
+
+    def step():
+        with Averages() as tape:
+            loss = trained.loss(X)
+        trained.apply(tape.gradient(loss, trained.variables))
+
+    with pytest.warns(
+        UserWarning, match="Averages has a `gradient` of its own"
+    ):
+        trained.run(step)
+    assert trained.source == "measured"
 
 
 def test_outside_of_steps_tapes_are_tensorflows_own():
@@ -319,4 +488,5 @@ def test_outside_of_steps_tapes_are_tensorflows_own():
     (gradient,) = tape.gradient(loss, trained.variables)
     assert gradient.shape == (3, 2)
     (probe,) = probes_at(trained.layer.kernel)
-    assert probe.answer_in({}) is None
+    gradients = {id(trained.layer.kernel): gradient}
+    assert probe.answer_in(gradients, trained.optimizer) is None

@@ -88,8 +88,8 @@ def training_step(
 
     TensorFlow, where the decorator goes inside of `tf.function`. Gradients
     have to be computed by `tf.GradientTape.gradient`, in the function that
-    applies them, not in another `tf.function` or in a loop of TensorFlow's
-    inside of it.
+    applies them, not in another `tf.function`, a loop or a branch of
+    TensorFlow's inside of it.
 
     ```python
     @tf.function

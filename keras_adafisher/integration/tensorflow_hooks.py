@@ -1,4 +1,4 @@
-"""What is changed on TensorFlow's `tf.GradientTape`, and why.
+"""What is changed for TensorFlow only, on its `tf.GradientTape` mostly.
 
 While a training step (`steps`) runs, a tape that is asked for the gradients of
 parameters is also asked for those of the probes that measure for them
@@ -14,15 +14,25 @@ of a generator or of an input only.
 """
 
 import functools
+import warnings
+import weakref
 
 import keras
 import tensorflow as tf
 
+from keras_adafisher.probe.tapes import Passes
+from keras_adafisher.probe.tensorflow import in_vectorized_map
 from keras_adafisher.steps import current
+
+# Of each step.
+_passes = weakref.WeakKeyDictionary()
 
 
 def install():
-    """Change `tf.GradientTape`."""
+    """Change the classes."""
+    keras.optimizers.LossScaleOptimizer.apply = _hooked_apply(
+        keras.optimizers.LossScaleOptimizer.apply
+    )
     tf.GradientTape.gradient = _hooked_gradient(tf.GradientTape.gradient)
     tf.GradientTape.watch = _hooked_watch(tf.GradientTape.watch)
     tf.GradientTape.watched_variables = _hooked_watched_variables(
@@ -34,27 +44,30 @@ def _hooked_gradient(gradient):
     @functools.wraps(gradient)
     @tf.autograph.experimental.do_not_convert
     def gradient_and_answers(self, target, sources, *args, **kwargs):
-        probes = _probes_of(sources)
+        probes = [] if in_vectorized_map() else _probes_of(sources)
         if not probes:
             return gradient(self, target, sources, *args, **kwargs)
+        if type(self).gradient is not tf.GradientTape.gradient:
+            # Once: the filters of `warnings` know where it comes from.
+            warnings.warn(
+                f"{type(self).__name__} has a `gradient` of its own. If it "
+                "averages gradients over processes, as Horovod does, each of "
+                "them has Kronecker factors of its own batches, and weights "
+                "that differ from those of the others: take "
+                "`tf.distribute.MultiWorkerMirroredStrategy`. Otherwise all is "
+                "well.",
+                stacklevel=3,
+            )
         # A tape makes zeros for variables of TensorFlow only, if it is told to.
         variables = [probe.variable.value for probe in probes]
-        parameters = [probe.trained_parameter for probe in probes]
         found, answers = gradient(
             self, target, [sources, variables], *args, **kwargs
         )
-        gradients = dict(
-            zip(
-                map(_key, tf.nest.flatten(sources)),
-                tf.nest.flatten(found),
-                strict=True,
-            )
-        )
-        for probe, parameter, answer in zip(
-            probes, parameters, answers, strict=True
-        ):
+        passes = _passes.setdefault(current(), Passes())
+        number = passes.add(tf.nest.flatten(found))
+        for probe, answer in zip(probes, answers, strict=True):
             if answer is not None:
-                probe.keep(answer, gradients[_key(parameter)])
+                probe.keep(answer, passes, number)
         return found
 
     return gradient_and_answers
@@ -84,6 +97,25 @@ def _hooked_watched_variables(watched_variables):
         return type(found)(v for v in found if _key(v) not in probes)
 
     return variables_without_probes
+
+
+def _hooked_apply(apply):
+    @functools.wraps(apply)
+    def select_and_apply(self, grads, trainable_variables=None):
+        step = current()
+        if step is not None and trainable_variables is not None:
+            # The gradients that the optimizer inside gets are others: eagerly,
+            # and in replicas, nothing would tell which passes they are from.
+            grads = list(grads)
+            trainable_variables = list(trainable_variables)
+            gradients = dict(
+                zip(map(id, trainable_variables), grads, strict=False)
+            )
+            for probe in step.probes():
+                probe.select(gradients)
+        apply(self, grads, trainable_variables)
+
+    return select_and_apply
 
 
 def _probes_of(sources):

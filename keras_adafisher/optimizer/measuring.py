@@ -274,7 +274,7 @@ class Measuring:
     def _answers_by_probe(self, gradients):
         """Dict from the id of each probe that has answered to its answer."""
         found = {
-            id(probe): probe.answer_in(gradients)
+            id(probe): probe.answer_in(gradients, self)
             for probe in self.measuring_probes()
         }
         return {key: found[key] for key in found if found[key] is not None}

@@ -72,12 +72,12 @@ class JaxProbe(Probe):
         identity.defvjp(forward, backward)
         return identity(z, vector, first, None if request is True else request)
 
-    def answer_in(self, gradients):
+    def answer_in(self, gradients, optimizer):
         # There is a gradient, of zeros, for what isn't used too.
         step = steps.current()
         if step is not None and id(self) not in step.answering:
             return None
-        return super().answer_in(gradients)
+        return super().answer_in(gradients, optimizer)
 
     @staticmethod
     def differentiate(compute_loss, data, probes, variables):

@@ -161,12 +161,13 @@ class Probe:
         """Whether a tap measures where no training step is known to run."""
         return False
 
-    def answer_in(self, gradients):
+    def answer_in(self, gradients, optimizer):
         """The gradient of the probe.
 
         Args:
             gradients: Dict from the id of a variable to its gradient: of all
                 variables that the optimizer is given.
+            optimizer: The AdaFisher that asks.
 
         Returns:
             Tensor, or `None` if there is none. On PyTorch a list of tensors,

@@ -12,6 +12,8 @@ from keras import ops
 
 from keras_adafisher.backend.tensorflow import in_replica
 from keras_adafisher.probe.probe import Probe
+from keras_adafisher.probe.tapes import is_known_here
+from keras_adafisher.probe.tapes import Passes
 
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
@@ -20,16 +22,20 @@ _MIRRORED = (
 
 
 @dataclasses.dataclass
-class _Answers:
-    """What tapes have returned to one replica.
+class _Answer:
+    """What a tape has returned for a probe.
 
     Attributes:
-        found: List of pairs of an answer and its parameter's gradient.
-        are_read: Bool, whether an optimizer has taken them in.
+        tensor: The gradient of the probe.
+        passes: The `Passes` of the step.
+        number: Int, the number of the pass that it is from.
+        readers: Set of the ids of the optimizers that have taken it in.
     """
 
-    found: list = dataclasses.field(default_factory=list)
-    are_read: bool = False
+    tensor: tf.Tensor
+    passes: Passes
+    number: int
+    readers: set = dataclasses.field(default_factory=set)
 
 
 class TensorFlowProbe(Probe):
@@ -39,62 +45,79 @@ class TensorFlowProbe(Probe):
         "In a custom training loop, decorate the step with "
         "`keras_adafisher.training_step(optimizer)`. Compute gradients in it "
         "by `tf.GradientTape.gradient`, where they are applied too, not in a "
-        "`tf.function` or a loop of TensorFlow's inside of it."
+        "`tf.function`, a loop or a branch of TensorFlow's inside of it."
     )
 
     def __init__(self, block, host, name="probe"):
         super().__init__(block, host, name)
         # By the number of the replica.
         self._answers = {}
+        self._selected = {}
 
     @property
     def trained_parameter(self):
         """The block's weight or, if it is frozen, what else is trained."""
         return next((p for p in self.block.parameters if p.trainable), None)
 
-    def keep(self, answer, gradient):
-        """Keep an answer until the optimizer is applied.
+    def keep(self, answer, passes, number):
+        """Keep an answer until an optimizer is applied.
 
         Args:
             answer: Tensor, the gradient of the probe.
-            gradient: The gradient of `trained_parameter` that the same tape
-                returned with it.
+            passes: `Passes` of the step.
+            number: Int, the number of the pass that the answer is from.
         """
-        answers = self._answers.setdefault(_replica(), _Answers())
-        if answers.are_read:
-            # An optimizer was applied since. Others that share the layer may
-            # have been too.
-            answers.found = []
-            answers.are_read = False
-        answers.found.append((answer, gradient))
+        answers = self._answers.setdefault(_replica(), [])
+        # What has been read was for a pass before. (Other optimizers that the
+        # layer is shared with have been applied too, or will be soon.)
+        answers[:] = [kept for kept in answers if not kept.readers]
+        answers.append(_Answer(answer, passes, number))
 
-    def answer_in(self, gradients):
-        kept = self._answers.get(_replica(), _Answers()).found
-        kept = [pair for pair in kept if _is_known_here(pair[0])]
-        if not kept:
-            return None
-        # If the weight's gradient is one that a tape has returned, the answer
-        # is the one beside it. Otherwise it is made of those there are: the
-        # sum over several batches, or a multiple of it.
-        given = gradients.get(id(self.trained_parameter))
-        same = [answer for answer, gradient in kept if gradient is given]
-        return tf.add_n(same[:1] or [answer for answer, _ in kept])
+    def answer_in(self, gradients, optimizer):
+        found = self._selected.pop(_replica(), None)
+        if found is None:
+            found = self._behind(gradients)
+        found = [
+            answer for answer in found if id(optimizer) not in answer.readers
+        ]
+        for answer in found:
+            answer.readers.add(id(optimizer))
+        return tf.add_n([answer.tensor for answer in found]) if found else None
 
-    def clear_answer(self):
-        if _replica() in self._answers:
-            self._answers[_replica()].are_read = True
+    def select(self, gradients):
+        """Say what counts at the next `answer_in` before gradients change.
+
+        Args:
+            gradients: See `answer_in`.
+        """
+        self._selected[_replica()] = self._behind(gradients)
+
+    def _behind(self, gradients):
+        """The answers from the passes that the weight's gradient is from."""
+        parameter = self.trained_parameter
+        if parameter is None:
+            return []
+        # Keras takes variables of TensorFlow too.
+        keys = [id(parameter), id(parameter.value)]
+        given = [gradients[key] for key in keys if key in gradients]
+        kept = [
+            answer
+            for answer in self._answers.get(_replica(), [])
+            if given and is_known_here(answer.tensor)
+        ]
+        same = [a for a in kept if a.number in a.passes.behind(given[0])]
+        # If nothing tells, all that the step has measured.
+        return same or kept
 
     def forget_answers(self):
         """Drop what the tapes of a step have returned."""
         self._answers.pop(_replica(), None)
+        self._selected.pop(_replica(), None)
 
     def identity(self, z, h, request):
-        # `tf.vectorized_map` converts what a function consists of, and drops
-        # the gradient of a tap. (It traces the function in a name scope of this
-        # name.) Without a tap, the optimizer knows that it has to estimate the
-        # factors.
-        scopes = tf.get_current_name_scope().split("/")
-        if any(re.fullmatch(r"loop_body(_\d+)?", scope) for scope in scopes):
+        # What is converted has no gradient of a tap. Without a tap, the
+        # optimizer knows that it has to estimate the factors.
+        if in_vectorized_map():
             return z
 
         # If a branch of `tf.cond` captures a tensor twice, here and where
@@ -177,18 +200,11 @@ def _replica():
     return None if number is None else int(number)
 
 
-def _is_known_here(tensor):
-    """Whether a tensor can be used in the graph that is being made.
+def in_vectorized_map():
+    """Whether a function is being traced to be converted.
 
-    What a loop or a function inside of the step has computed can't.
+    `tf.vectorized_map` does it, and `tf.GradientTape.jacobian`. What is
+    computed there is that of one of many calls.
     """
-    graph = getattr(tensor, "graph", None)
-    if graph is None:
-        # It was computed eagerly.
-        return True
-    if tf.executing_eagerly():
-        return False
-    here = tf.compat.v1.get_default_graph()
-    while here is not None and here is not graph:
-        here = getattr(here, "outer_graph", None)
-    return here is graph
+    scopes = tf.get_current_name_scope().split("/")
+    return any(re.fullmatch(r"loop_body(_\d+)?", scope) for scope in scopes)

@@ -109,7 +109,7 @@ class TorchProbe(Probe):
             return torch.ones(1, device=x.device)
         return kept_constant(1.0, (1,), x.device)
 
-    def answer_in(self, gradients):
+    def answer_in(self, gradients, optimizer):
         _, parts = self.answer or (None, None)
         # What a compiled function has measured.
         gradient = self.tensor.grad
