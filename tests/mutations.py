@@ -721,7 +721,7 @@ MUTATIONS = [
     ),
     Mutation(
         TAPE_HOOKS,
-        "probe.select(gradients)",
+        "probe.select(gradients, optimizer)",
         "pass",
         "test_tapes",
         "tensorflow",

@@ -192,6 +192,7 @@ CHANGED = {
         "GradientTape.gradient",
         "GradientTape.watch",
         "GradientTape.watched_variables",
+        "LossScaleOptimizer.apply",
     ],
     "torch": [],
 }[keras.backend.backend()]

@@ -214,6 +214,23 @@ def test_they_are_those_before_the_scale_of_the_loss_is_undone(eagerly):
     assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
 
 
+def test_an_optimizer_beside_one_that_scales_its_loss():
+    """Of the same layer, and applied after it."""
+    trained = Trained()
+    scaled = keras.optimizers.LossScaleOptimizer(keras_adafisher.AdaFisher(0.0))
+    scaled.build(trained.variables)
+
+    @keras_adafisher.training_step(trained.optimizer, scaled)
+    def step():
+        gradients = trained.gradients(X * SCALES)
+        scaled.apply(trained.gradients(X / SCALES), trained.variables)
+        trained.apply(gradients)
+
+    tf.function(step)()
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X * SCALES)], 1e-6)
+
+
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_variables_of_tensorflow_are_as_good(eagerly):
     trained = Trained()

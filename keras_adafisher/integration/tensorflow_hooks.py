@@ -20,6 +20,7 @@ import weakref
 import keras
 import tensorflow as tf
 
+from keras_adafisher.integration.custom_loops import adafishers
 from keras_adafisher.probe.tapes import Passes
 from keras_adafisher.probe.tensorflow import in_vectorized_map
 from keras_adafisher.steps import current
@@ -102,8 +103,7 @@ def _hooked_watched_variables(watched_variables):
 def _hooked_apply(apply):
     @functools.wraps(apply)
     def select_and_apply(self, grads, trainable_variables=None):
-        step = current()
-        if step is not None and trainable_variables is not None:
+        if current() is not None and trainable_variables is not None:
             # The gradients that the optimizer inside gets are others: eagerly,
             # and in replicas, nothing would tell which passes they are from.
             grads = list(grads)
@@ -111,8 +111,9 @@ def _hooked_apply(apply):
             gradients = dict(
                 zip(map(id, trainable_variables), grads, strict=False)
             )
-            for probe in step.probes():
-                probe.select(gradients)
+            for optimizer in adafishers(self):
+                for probe in optimizer.measuring_probes():
+                    probe.select(gradients, optimizer)
         apply(self, grads, trainable_variables)
 
     return select_and_apply

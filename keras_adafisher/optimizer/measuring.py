@@ -64,7 +64,12 @@ class Measuring:
             probe.remove_optimizer(self)
 
     def measuring_probes(self) -> list[Probe]:
-        """List of the probes that the optimizer measures with."""
+        """List of the probes that the optimizer measures with.
+
+        There is none before it is built.
+        """
+        if not self.built:
+            return []
         return [factors.probe for factors in self._store.block_factors]
 
     def trains_only(self, known: Collection[int]) -> bool:

@@ -50,7 +50,7 @@ class TensorFlowProbe(Probe):
 
     def __init__(self, block, host, name="probe"):
         super().__init__(block, host, name)
-        # By the number of the replica.
+        # By the number of the replica, and with that of an optimizer.
         self._answers = {}
         self._selected = {}
 
@@ -74,7 +74,7 @@ class TensorFlowProbe(Probe):
         answers.append(_Answer(answer, passes, number))
 
     def answer_in(self, gradients, optimizer):
-        found = self._selected.pop(_replica(), None)
+        found = self._selected.pop((_replica(), id(optimizer)), None)
         if found is None:
             found = self._behind(gradients)
         found = [
@@ -84,13 +84,13 @@ class TensorFlowProbe(Probe):
             answer.readers.add(id(optimizer))
         return tf.add_n([answer.tensor for answer in found]) if found else None
 
-    def select(self, gradients):
-        """Say what counts at the next `answer_in` before gradients change.
+    def select(self, gradients, optimizer):
+        """Find what counts at the next `answer_in` before gradients change.
 
         Args:
-            gradients: See `answer_in`.
+            gradients, optimizer: See `answer_in`.
         """
-        self._selected[_replica()] = self._behind(gradients)
+        self._selected[_replica(), id(optimizer)] = self._behind(gradients)
 
     def _behind(self, gradients):
         """The answers from the passes that the weight's gradient is from."""
@@ -111,8 +111,10 @@ class TensorFlowProbe(Probe):
 
     def forget_answers(self):
         """Drop what the tapes of a step have returned."""
-        self._answers.pop(_replica(), None)
-        self._selected.pop(_replica(), None)
+        replica = _replica()
+        self._answers.pop(replica, None)
+        for key in [key for key in self._selected if key[0] == replica]:
+            del self._selected[key]
 
     def identity(self, z, h, request):
         # What is converted has no gradient of a tap. Without a tap, the

@@ -77,10 +77,7 @@ class Step:
         found = dict(self.answering)
         # A function that was traced in an earlier step has requested some.
         for optimizer in self.optimizers:
-            if optimizer.built:
-                found.update(
-                    (id(probe), probe) for probe in optimizer.measuring_probes()
-                )
+            found.update((id(p), p) for p in optimizer.measuring_probes())
         return list(found.values())
 
     def shows(self, probe, variables):
