@@ -672,7 +672,7 @@ MUTATIONS = [
     ),
     Mutation(
         TAPE_PROBE,
-        "self._answers.pop(_replica(), None)",
+        "self._answers.pop(replica, None)",
         "pass",
         "test_tapes",
         "tensorflow",
