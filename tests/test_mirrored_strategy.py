@@ -124,6 +124,9 @@ def test_fit_under_the_strategy():
         model.compile(keras_adafisher.AdaFisher(), loss=cross_entropy())
     history = model.fit(x, y, batch_size=16, epochs=3, verbose=0)
     assert history.history["loss"][-1] < history.history["loss"][0]
+    # Outside of the scope.
+    rows = keras_adafisher.coverage(model).rows
+    assert {row.source for row in rows} == {"measured"}
 
 
 def test_wrapping_outside_of_the_scope():

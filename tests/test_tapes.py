@@ -3,6 +3,11 @@
 The number of calls in an answer tells which backward passes it is made of.
 """
 
+import gc
+import sys
+import warnings
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -195,8 +200,11 @@ def test_the_gradients_that_are_applied_are_those_that_count(change):
     assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
 
 
+@pytest.mark.parametrize("has_variables", [False, True])
 @pytest.mark.parametrize("eagerly", [False, True])
-def test_they_are_those_before_the_scale_of_the_loss_is_undone(eagerly):
+def test_they_are_those_before_the_scale_of_the_loss_is_undone(
+    eagerly, has_variables
+):
     trained = Trained()
     scaled = keras.optimizers.LossScaleOptimizer(trained.optimizer)
     scaled.build(trained.variables)
@@ -207,7 +215,8 @@ def test_they_are_those_before_the_scale_of_the_loss_is_undone(eagerly):
             with tf.GradientTape() as tape:
                 loss = scaled.scale_loss(trained.loss(x))
             found.append(tape.gradient(loss, trained.variables))
-        scaled.apply(found[1], trained.variables)
+        arguments = [trained.variables] if has_variables else []
+        scaled.apply(found[1], *arguments)
 
     trained.run(step, eagerly=eagerly)
     keras.utils.set_random_seed(0)
@@ -496,6 +505,171 @@ def test_a_tape_that_may_average_over_processes():
     ):
         trained.run(step)
     assert trained.source == "measured"
+
+
+# Where gradients are computed and applied.
+
+
+def test_what_is_told_of_tapes_is_not_converted_by_autograph():
+    """It would take many times as long as it takes to run."""
+    trained = Trained()
+    scaled = keras.optimizers.LossScaleOptimizer(trained.optimizer)
+    scaled.build(trained.variables)
+    called = set()
+
+    def step():
+        gradients = CHANGES["clipped"](trained.gradients(X))
+        scaled.apply(gradients, trained.variables)
+
+    sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_name))
+    try:
+        trained.run(step)
+    finally:
+        sys.setprofile(None)
+    assert "answer_in" in called
+    # What is converted has this before its name.
+    assert not {"tf__answer_in", "tf__behind", "tf__add"} & called
+
+
+def test_an_eager_step_that_applies_in_a_function():
+    """A measurement would be a constant in it, that of the first step."""
+    trained = Trained()
+    apply = tf.function(trained.apply)
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        for x in (X, X * SCALES):
+            trained.run(lambda x=x: apply(trained.gradients(x)), eagerly=True)
+    assert trained.source == "estimated"
+
+
+@pytest.mark.parametrize("scope", ["layer", "step"])
+def test_an_optimizer_that_is_applied_in_both_branches(scope, request):
+    request.addfinalizer(lambda: keras_adafisher.set_decision_scope("auto"))
+    keras_adafisher.set_decision_scope(scope)
+    trained = Trained()
+
+    def step(is_large):
+        gradients = trained.gradients(X)
+        tf.cond(
+            is_large,
+            lambda: (trained.apply(CHANGES["clipped"](gradients)), 0)[1],
+            lambda: (trained.apply(gradients), 0)[1],
+        )
+
+    step = tf.function(keras_adafisher.training_step(trained.optimizer)(step))
+    (probe,) = probes_at(trained.layer.kernel)
+    for number, is_large in enumerate((True, False)):
+        step(tf.constant(is_large))
+        records = trained.optimizer.records_of(probe)
+        assert records == (number + 1, 0, False)
+        if number == 0:
+            keras.utils.set_random_seed(0)
+            assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
+
+
+def test_a_loop_beside_a_pass_that_is_not_applied():
+    """Nothing is known of the loop's passes. The other one says nothing."""
+    trained = Trained()
+
+    def step(x):
+        trained.gradients(X * SCALES)
+        zeros = [tf.zeros(v.shape) for v in trained.variables]
+        _, *gradients = tf.while_loop(
+            lambda n, *sums: n < 2,
+            lambda n, *sums: (n + 1, *map(tf.add, sums, trained.gradients(x))),
+            (tf.constant(0), *zeros),
+        )
+        trained.apply(gradients)
+
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        trained.run(step, tf.constant(X))
+    assert trained.source == "estimated"
+
+
+def test_gradients_that_are_applied_once_more():
+    """They have no measurement any more, and no other pass has one."""
+    trained = Trained()
+
+    def step():
+        gradients = trained.gradients(X)
+        trained.apply(gradients)
+        trained.gradients(X * SCALES)
+        trained.apply(gradients)
+
+    with pytest.warns(UserWarning, match="no layer has reported anything"):
+        trained.run(step)
+    (probe,) = probes_at(trained.layer.kernel)
+    assert trained.optimizer.records_of(probe) == (2, 0, True)
+
+
+def test_eager_tensors_come_and_go():
+    """One may have the address of another one that is gone."""
+    trained, expected = Trained(), Trained()
+    expected.layer.set_weights(trained.layer.get_weights())
+
+    def step():
+        for _ in range(40):
+            trained.apply([1.0 * g for g in trained.gradients(X)])
+            trained.gradients(X * SCALES)
+            trained.apply(trained.gradients(X))
+
+    trained.run(step, eagerly=True)
+    expected.run(
+        lambda: [expected.apply(expected.gradients(X)) for _ in range(80)],
+        eagerly=True,
+    )
+    assert_close([trained.diagonal()], [expected.diagonal()], 1e-5)
+
+
+def test_an_eager_step_keeps_no_gradients_alive():
+    trained = Trained()
+
+    def step():
+        (gradient,) = trained.gradients(X)
+        kept = weakref.ref(gradient)
+        trained.apply([1.0 * gradient])
+        del gradient
+        gc.collect()
+        assert kept() is None
+
+    trained.run(step, eagerly=True)
+
+
+def test_kernels_and_biases_apart():
+    """A list without a weight has no measurement, and no warning."""
+    layer = keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    keras_adafisher.wrap(model)
+    optimizer = keras_adafisher.AdaFisher(factor_update_steps=1)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function
+    @keras_adafisher.training_step(optimizer)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(model(X)))
+        kernel, bias = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply([kernel], [layer.kernel])
+        optimizer.apply([bias], [layer.bias])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    (probe,) = probes_at(layer.kernel)
+    assert optimizer.records_of(probe) == (1, 0, False)
+
+
+def test_a_step_inside_of_a_step():
+    trained = Trained()
+    inside = keras_adafisher.training_step(trained.optimizer)(lambda: None)
+
+    def step():
+        gradients = trained.gradients(X)
+        inside()
+        trained.apply(gradients)
+
+    trained.run(step)
+    keras.utils.set_random_seed(0)
+    assert_close([trained.diagonal()], [diagonal_after(X)], 1e-6)
 
 
 def test_outside_of_steps_tapes_are_tensorflows_own():

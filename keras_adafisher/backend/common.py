@@ -13,6 +13,10 @@ import math
 import numpy as np
 from keras import ops
 
+# Not public, but there is no other way to tell: in a stateless call, another
+# tensor stands for a variable's.
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
 __all__ = [
     "at_least",
     "broadcast_layout",
@@ -36,6 +40,7 @@ __all__ = [
     "lerp_each",
     "mark_negatives",
     "mean_square",
+    "own_tensor",
     "part",
     "pointwise_conv",
     "precise_matmul",
@@ -52,6 +57,16 @@ __all__ = [
     "view",
     "window_mean",
 ]
+
+
+def own_tensor(variable):
+    """The tensor of a variable, or the one of a stateless call.
+
+    While a layer runs, `variable.value` is a copy in the dtype that the layer
+    computes in. And reading it asks for several settings of Keras, which takes
+    Python time.
+    """
+    return variable.value if in_stateless_scope() else variable._value
 
 
 def is_traced(tensor):

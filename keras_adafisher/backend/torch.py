@@ -12,11 +12,8 @@ import weakref
 import torch
 from keras import ops
 
-# Not public, but there is no other way to tell: in a stateless call, another
-# tensor stands for a variable's.
-from keras.src.backend.common.stateless_scope import in_stateless_scope
-
 from keras_adafisher.backend import common
+from keras_adafisher.backend.common import own_tensor
 
 __all__ = [
     "at_least",
@@ -100,16 +97,6 @@ def cond(pred, true_fn, false_fn):
     if torch.compiler.is_compiling():
         return ops.cond(pred, true_fn, false_fn)
     return true_fn() if pred else false_fn()
-
-
-def own_tensor(variable):
-    """The tensor of a variable, or the one of a stateless call.
-
-    While a layer runs, `variable.value` is a copy in the dtype that the layer
-    computes in. And reading it asks for several settings of Keras, which takes
-    Python time.
-    """
-    return variable.value if in_stateless_scope() else variable._value
 
 
 def step_number(iterations):

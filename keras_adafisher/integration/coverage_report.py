@@ -6,6 +6,7 @@ import io
 import math
 
 import keras
+from keras import ops
 
 from keras_adafisher.aliases import Shape
 from keras_adafisher.integration.custom_loops import adafishers
@@ -207,7 +208,7 @@ def _source_of(block, probe):
         optimizer.records_of(probe)
         for optimizer in (() if probe is None else probe.optimizers)
         # One that has made no step yet has nothing to say.
-        if int(optimizer.iterations) > 0
+        if ops.convert_to_numpy(optimizer.iterations) > 0
     ]
     taken = sum(record[0] for record in records)
     is_estimated = block.is_estimated or any(record[2] for record in records)

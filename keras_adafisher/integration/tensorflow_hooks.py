@@ -13,20 +13,18 @@ gradient functions of all that it has recorded, also where it is asked for those
 of a generator or of an input only.
 """
 
+import contextlib
 import functools
 import warnings
-import weakref
 
 import keras
 import tensorflow as tf
 
+from keras_adafisher.backend.common import own_tensor
 from keras_adafisher.integration.custom_loops import adafishers
-from keras_adafisher.probe.tapes import Passes
 from keras_adafisher.probe.tensorflow import in_vectorized_map
 from keras_adafisher.steps import current
-
-# Of each step.
-_passes = weakref.WeakKeyDictionary()
+from keras_adafisher.steps.passes import Passes
 
 
 def install():
@@ -64,7 +62,8 @@ def _hooked_gradient(gradient):
         found, answers = gradient(
             self, target, [sources, variables], *args, **kwargs
         )
-        passes = _passes.setdefault(current(), Passes())
+        step = current()
+        step.passes = passes = step.passes or Passes()
         number = passes.add(tf.nest.flatten(found))
         for probe, answer in zip(probes, answers, strict=True):
             if answer is not None:
@@ -101,20 +100,22 @@ def _hooked_watched_variables(watched_variables):
 
 
 def _hooked_apply(apply):
+    # The gradients that the optimizer inside gets are others: eagerly, and in
+    # replicas, nothing would tell which passes they are from.
     @functools.wraps(apply)
+    @tf.autograph.experimental.do_not_convert
     def select_and_apply(self, grads, trainable_variables=None):
-        if current() is not None and trainable_variables is not None:
-            # The gradients that the optimizer inside gets are others: eagerly,
-            # and in replicas, nothing would tell which passes they are from.
-            grads = list(grads)
+        grads = list(grads)
+        if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-            gradients = dict(
-                zip(map(id, trainable_variables), grads, strict=False)
-            )
+        # Not public: what it takes if it is given none.
+        variables = trainable_variables or self._trainable_variables
+        gradients = dict(zip(map(id, variables), grads, strict=False))
+        with contextlib.ExitStack() as stack:
             for optimizer in adafishers(self):
                 for probe in optimizer.measuring_probes():
-                    probe.select(gradients, optimizer)
-        apply(self, grads, trainable_variables)
+                    stack.enter_context(probe.selecting(gradients, optimizer))
+            apply(self, grads, trainable_variables)
 
     return select_and_apply
 
@@ -147,4 +148,4 @@ def _probes_of(sources):
 def _key(variable):
     """What a variable of Keras and the one of TensorFlow in it have alike."""
     is_of_keras = isinstance(variable, keras.Variable)
-    return id(variable.value if is_of_keras else variable)
+    return id(own_tensor(variable) if is_of_keras else variable)

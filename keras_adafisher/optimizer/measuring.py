@@ -184,7 +184,10 @@ class Measuring:
         Args:
             unmeasured: List of the `BlockFactors` that have taken in nothing.
         """
-        if self._has_warned_of_trained:
+        # Before, the next measurement may not have come yet.
+        updates = self._updates_before(ops.convert_to_numpy(self.iterations))
+        has_measured = updates > self.factor_update_steps
+        if self._has_warned_of_trained or not has_measured:
             return
         trained = []
         for factors in unmeasured:
@@ -242,7 +245,7 @@ class Measuring:
         for factors in self._store.block_factors:
             if id(factors) not in self._update.unmeasured:
                 factors.is_estimated = False
-        self._warn_of_missing_answers()
+        self._warn_of_missing_answers(gradients)
         if not probes:
             return
 
@@ -284,10 +287,22 @@ class Measuring:
         }
         return {key: found[key] for key in found if found[key] is not None}
 
-    def _warn_of_missing_answers(self):
-        """Warn once if no layer has reported what should have been seen."""
-        seen = [f for f in self._store.block_factors if f.probe.is_seen]
-        if self._has_warned or not seen:
+    def _warn_of_missing_answers(self, gradients):
+        """Warn once if no layer has reported what should have been seen.
+
+        Args:
+            gradients: See `_update_factors`.
+        """
+        if self._has_warned:
+            return
+        # What isn't given may have been a minute ago, or will be.
+        seen = [
+            factors
+            for factors in self._store.block_factors
+            if factors.probe.is_seen
+            and self._is_given(factors.block.parameters[0], gradients)
+        ]
+        if not seen:
             return
         if all(id(factors) in self._update.unmeasured for factors in seen):
             self._has_warned = True
@@ -298,6 +313,14 @@ class Measuring:
                 + BackendProbe.HOW_TO_MEASURE,
                 stacklevel=4,
             )
+
+    @staticmethod
+    def _is_given(parameter, gradients):
+        # Keras takes variables of TensorFlow too.
+        return (
+            id(parameter) in gradients
+            or id(backend.own_tensor(parameter)) in gradients
+        )
 
     def _warn_of_turns(self, variables):
         """Warn once if lists take turns, and some are never measured.

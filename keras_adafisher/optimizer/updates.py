@@ -155,7 +155,8 @@ class Updates:
         """Update trainable variables according to provided gradient values.
 
         Args:
-            grads: list of gradient tensors, those of the probes included.
+            grads: list of gradient tensors. In a training step on JAX, those
+                of the probes are included.
             trainable_variables: list of the variables that the gradients
                 belong to. Defaults to the list that the optimizer was built
                 with.

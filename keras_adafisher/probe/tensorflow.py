@@ -4,16 +4,20 @@
 these here until the optimizer is applied.
 """
 
+import contextlib
 import dataclasses
 import re
 
 import tensorflow as tf
 from keras import ops
 
+from keras_adafisher.backend.common import own_tensor
 from keras_adafisher.backend.tensorflow import in_replica
 from keras_adafisher.probe.probe import Probe
-from keras_adafisher.probe.tapes import is_known_here
-from keras_adafisher.probe.tapes import Passes
+from keras_adafisher.steps.passes import graph_of
+from keras_adafisher.steps.passes import is_around
+from keras_adafisher.steps.passes import Passes
+from keras_adafisher.steps.passes import present_graph
 
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
@@ -29,13 +33,26 @@ class _Answer:
         tensor: The gradient of the probe.
         passes: The `Passes` of the step.
         number: Int, the number of the pass that it is from.
-        readers: Set of the ids of the optimizers that have taken it in.
+        readers: List of pairs of an optimizer that has taken it in and of the
+            graph that it did so in: in one branch perhaps, and in the other.
     """
 
     tensor: tf.Tensor
     passes: Passes
     number: int
-    readers: set = dataclasses.field(default_factory=set)
+    readers: list = dataclasses.field(default_factory=list)
+
+    @property
+    def is_known(self):
+        """Whether the tensor can be used here."""
+        return is_around(graph_of(self.tensor))
+
+    def is_read_by(self, optimizer):
+        """Whether an optimizer has taken it in, where this is run."""
+        return any(
+            reader is optimizer and is_around(graph)
+            for reader, graph in self.readers
+        )
 
 
 class TensorFlowProbe(Probe):
@@ -50,7 +67,7 @@ class TensorFlowProbe(Probe):
 
     def __init__(self, block, host, name="probe"):
         super().__init__(block, host, name)
-        # By the number of the replica, and with that of an optimizer.
+        # By the number of the replica, and with the id of an optimizer.
         self._answers = {}
         self._selected = {}
 
@@ -68,53 +85,75 @@ class TensorFlowProbe(Probe):
             number: Int, the number of the pass that the answer is from.
         """
         answers = self._answers.setdefault(_replica(), [])
-        # What has been read was for a pass before. (Other optimizers that the
-        # layer is shared with have been applied too, or will be soon.)
-        answers[:] = [kept for kept in answers if not kept.readers]
+        # What has been read was for an update before, and so was what had come
+        # before that and wasn't.
+        read = [n for n, kept in enumerate(answers) if kept.readers]
+        del answers[: max(read, default=-1) + 1]
         answers.append(_Answer(answer, passes, number))
 
+    # AutoGraph would convert all that is called, which takes many times as
+    # long as it takes to run.
+    @tf.autograph.experimental.do_not_convert
     def answer_in(self, gradients, optimizer):
-        found = self._selected.pop((_replica(), id(optimizer)), None)
+        found = self._selected.get((_replica(), id(optimizer)))
         if found is None:
-            found = self._behind(gradients)
-        found = [
-            answer for answer in found if id(optimizer) not in answer.readers
-        ]
+            found = self._answers_for(gradients)
+        found = [answer for answer in found if not answer.is_read_by(optimizer)]
         for answer in found:
-            answer.readers.add(id(optimizer))
+            answer.readers.append((optimizer, present_graph()))
         return tf.add_n([answer.tensor for answer in found]) if found else None
 
-    def select(self, gradients, optimizer):
-        """Find what counts at the next `answer_in` before gradients change.
+    @contextlib.contextmanager
+    def selecting(self, gradients, optimizer):
+        """Context in which gradients count as they are here.
+
+        A `LossScaleOptimizer` hands others on.
 
         Args:
             gradients, optimizer: See `answer_in`.
         """
-        self._selected[_replica(), id(optimizer)] = self._behind(gradients)
+        key = _replica(), id(optimizer)
+        self._selected[key] = self._answers_for(gradients)
+        try:
+            yield
+        finally:
+            del self._selected[key]
 
-    def _behind(self, gradients):
+    def _answers_for(self, gradients):
         """The answers from the passes that the weight's gradient is from."""
         parameter = self.trained_parameter
         if parameter is None:
             return []
         # Keras takes variables of TensorFlow too.
-        keys = [id(parameter), id(parameter.value)]
+        keys = [id(parameter), id(own_tensor(parameter))]
         given = [gradients[key] for key in keys if key in gradients]
-        kept = [
-            answer
-            for answer in self._answers.get(_replica(), [])
-            if given and is_known_here(answer.tensor)
-        ]
-        same = [a for a in kept if a.number in a.passes.behind(given[0])]
-        # If nothing tells, all that the step has measured.
-        return same or kept
+        kept = self._answers.get(_replica(), [])
+        if not given or not kept:
+            return []
+        # Each step has its own numbers, and one may be inside of another.
+        origins = [answer.passes.behind(given[0]) for answer in kept]
+        if any(origins):
+            return [
+                answer
+                for answer, passes in zip(kept, origins, strict=True)
+                if answer.is_known and answer.number in passes
+            ]
+        # Nothing tells. If a loop or a branch has measured too, the gradient
+        # may come from there, otherwise from all that the step has measured.
+        return kept if all(answer.is_known for answer in kept) else []
 
-    def forget_answers(self):
-        """Drop what the tapes of a step have returned."""
+    def forget_answers(self, passes):
+        """Drop what the tapes of a step have returned.
+
+        Args:
+            passes: `Passes` of the step.
+        """
         replica = _replica()
-        self._answers.pop(replica, None)
-        for key in [key for key in self._selected if key[0] == replica]:
-            del self._selected[key]
+        kept = self._answers.pop(replica, [])
+        # Those of a step around it.
+        kept = [answer for answer in kept if answer.passes is not passes]
+        if kept:
+            self._answers[replica] = kept
 
     def identity(self, z, h, request):
         # What is converted has no gradient of a tap. Without a tap, the

@@ -41,6 +41,7 @@ class Step:
     Attributes:
         answering: Dict from its id to each probe that this step requests.
         raises_if_applied_again: Bool. See `count_apply`.
+        passes: On TensorFlow the `Passes` so far, `None` if there is none.
     """
 
     def __init__(self, optimizers, mode="conditional", wanted=None, state=None):
@@ -52,6 +53,7 @@ class Step:
         self._applied = set()
         self._hidden = frozenset()
         self.raises_if_applied_again = False
+        self.passes = None
 
     def __enter__(self):
         self._outer = current()

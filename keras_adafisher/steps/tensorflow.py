@@ -15,7 +15,7 @@ def run(make_step, inner, optimizers, function, args, kwargs, once):
             finally:
                 # Of a step that wasn't applied, for instance.
                 for probe in step.probes():
-                    probe.forget_answers()
+                    probe.forget_answers(step.passes)
 
     if not inner:
         return run_in("plain")
