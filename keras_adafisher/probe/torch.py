@@ -39,7 +39,9 @@ class TorchProbe(Probe):
 
     HOW_TO_MEASURE = (
         "Call the wrapped model itself, not what `torch.jit.trace` or "
-        "`torch.export` made of it, and not within a transform of `torch.func`."
+        "`torch.export` made of it, and not within a transform of "
+        "`torch.func`. Use `loss.backward()` for what `torch.compile` has "
+        "compiled."
     )
 
     def __init__(self, block, host, name="probe"):
