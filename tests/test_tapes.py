@@ -1,6 +1,7 @@
 """What tapes are asked for beside what their caller wants, on TensorFlow.
 
-The number of calls in an answer tells which backward passes it is made of.
+Batches are scaled differently, so that factors tell which of several backward
+passes was measured.
 """
 
 import gc
@@ -25,6 +26,13 @@ SCALES = np.array([1.0, 2.0, 4.0], "float32")
 _diagonals = {}
 
 
+def make_optimizer():
+    """An optimizer that measures at each step, and moves nothing."""
+    return keras_adafisher.AdaFisher(
+        0.0, factor_update_steps=1, gamma_1=0.5, gamma_2=0.5
+    )
+
+
 class Trained:
     """A dense layer, trained by loops of one's own."""
 
@@ -32,9 +40,7 @@ class Trained:
         self.layer = keras.layers.Dense(2, use_bias=False)
         self.model = keras.Sequential([keras.Input((3,)), self.layer])
         keras_adafisher.wrap(self.model)
-        self.optimizer = keras_adafisher.AdaFisher(
-            0.0, factor_update_steps=1, gamma_1=0.5, gamma_2=0.5
-        )
+        self.optimizer = make_optimizer()
         self.optimizer.build(self.model.trainable_variables)
 
     @property
@@ -52,6 +58,16 @@ class Trained:
         with tf.GradientTape() as tape:
             loss = self.loss(x)
         return tape.gradient(loss, self.variables)
+
+    def gradients_of_a_loop(self, x):
+        """The sum over two passes in a loop of TensorFlow's."""
+        zeros = [tf.zeros(v.shape) for v in self.variables]
+        _, *gradients = tf.while_loop(
+            lambda n, *sums: n < 2,
+            lambda n, *sums: (n + 1, *map(tf.add, sums, self.gradients(x))),
+            (tf.constant(0), *zeros),
+        )
+        return gradients
 
     def apply(self, gradients):
         self.optimizer.apply(gradients, self.variables)
@@ -365,16 +381,8 @@ def test_a_layer_that_two_optimizers_train(change, eagerly):
     """
     is_known = change == "as they are" or not eagerly
 
-    def shared():
-        trained = Trained()
-        other = keras_adafisher.AdaFisher(
-            0.0, factor_update_steps=1, gamma_1=0.5, gamma_2=0.5
-        )
-        other.build(trained.variables)
-        return trained, other
-
-    trained, other = shared()
-
+    trained, other = Trained(), make_optimizer()
+    other.build(trained.variables)
     changed = CHANGES[change]
 
     @keras_adafisher.training_step(trained.optimizer, other)
@@ -392,9 +400,7 @@ def test_a_layer_that_two_optimizers_train(change, eagerly):
         to_numpy(o.preconditioner(trained.layer.kernel))
         for o in (trained.optimizer, other)
     ]
-    expected = []
-    for x in (X, X * SCALES):
-        expected.append(diagonal_after(x))
+    expected = [diagonal_after(x) for x in (X, X * SCALES)]
     assert_close(diagonals, expected, 1e-6)
 
 
@@ -403,10 +409,11 @@ def test_what_was_applied_counts_no_more():
     trained, expected = Trained(), Trained()
     expected.layer.set_weights(trained.layer.get_weights())
 
-    def changed(x):
-        trained.apply([2.0 * g for g in trained.gradients(x)])
+    def step():
+        for x in (X * SCALES, X):
+            trained.apply([2.0 * g for g in trained.gradients(x)])
 
-    trained.run(lambda: [changed(x) for x in (X * SCALES, X)] and None)
+    trained.run(step)
     for x in (X * SCALES, X):
         expected.run(lambda x=x: expected.apply(expected.gradients(x)))
     assert_close([trained.diagonal()], [expected.diagonal()], 1e-6)
@@ -457,13 +464,7 @@ def test_gradients_from_inside_of_another_graph_are_estimated(kind):
         trained.apply(tf.function(trained.gradients)(x))
 
     def with_loop(x):
-        zeros = [tf.zeros(v.shape) for v in trained.variables]
-        _, *gradients = tf.while_loop(
-            lambda n, *sums: n < 2,
-            lambda n, *sums: (n + 1, *map(tf.add, sums, trained.gradients(x))),
-            (tf.constant(0), *zeros),
-        )
-        trained.apply(gradients)
+        trained.apply(trained.gradients_of_a_loop(x))
 
     def with_branch(x):
         trained.apply(
@@ -474,9 +475,13 @@ def test_gradients_from_inside_of_another_graph_are_estimated(kind):
             )
         )
 
-    steps = {"function": with_function, "loop": with_loop}
+    steps = {
+        "function": with_function,
+        "loop": with_loop,
+        "branch": with_branch,
+    }
     with pytest.warns(UserWarning, match="a loop or a branch"):
-        trained.run(steps.get(kind, with_branch), tf.constant(X))
+        trained.run(steps[kind], tf.constant(X))
     assert trained.source == "estimated"
 
 
@@ -564,13 +569,7 @@ def test_a_loop_beside_a_pass_that_is_not_applied():
 
     def step(x):
         trained.gradients(X * SCALES)
-        zeros = [tf.zeros(v.shape) for v in trained.variables]
-        _, *gradients = tf.while_loop(
-            lambda n, *sums: n < 2,
-            lambda n, *sums: (n + 1, *map(tf.add, sums, trained.gradients(x))),
-            (tf.constant(0), *zeros),
-        )
-        trained.apply(gradients)
+        trained.apply(trained.gradients_of_a_loop(x))
 
     with pytest.warns(UserWarning, match="no layer has reported anything"):
         trained.run(step, tf.constant(X))

@@ -295,7 +295,7 @@ class Measuring:
         """
         if self._has_warned:
             return
-        # What isn't given may have been a minute ago, or will be.
+        # Of several calls of `apply`, each may be for some of the weights.
         seen = [
             factors
             for factors in self._store.block_factors

@@ -115,10 +115,10 @@ def is_around(graph):
         graph: Graph, or `None` for what runs eagerly.
     """
     here = present_graph()
+    if graph is None:
+        return here is None
     while here is not None and here is not graph:
         here = getattr(here, "outer_graph", None)
-        if here is None:
-            return False
     return here is graph
 
 
